@@ -1,0 +1,194 @@
+"""DINOv2 at patch level: multi-crop DINO + iBOT + KoLeo with an EMA teacher (Oquab 2023; METHODS 1.2).
+
+The student sees masked global crops and unmasked local ones, the teacher unmasked global crops only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from pathme_jax.losses import self_distillation as ssl
+from pathme_jax.models.heads import PrototypeHead
+from pathme_jax.models.transformer import drop_path_factors
+from pathme_jax.models.vit import ViT
+from pathme_jax.training.contract import TRAINED, BatchSpec, EmaOf, Params, Rules
+from pathme_jax.training.keys import substream
+from pathme_jax.training.schedules import cosine, linear
+from pathme_jax.views.images import Crop, crops, normalise
+from pathme_jax.views.masks import block_masks, mask_counts
+
+Array = jax.Array
+MASK_BLOCK = 8  # samples in a logical block of masks
+
+
+class DINOv2:
+    """Config: batch, model, head, views, loss, steps (see configs/dinov2_tiny.py)."""
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+        self.batch_spec = BatchSpec(
+            record="fields",
+            samples=config.batch.samples,
+            window_px=config.batch.window_px,
+            mpps=tuple(config.batch.mpps),
+            windows_per_field=config.batch.windows_per_field,
+        )
+        self.backbone = ViT(**config.model)
+        self.head = PrototypeHead(**config.head)
+        colour = dict(config.views.colour)
+        self.crop_kinds = [
+            Crop(**config.views.global_crop, **colour, blur=config.views.blur[0]),
+            Crop(
+                **config.views.global_crop,
+                **colour,
+                blur=config.views.blur[1],
+                solarize=config.views.solarize,
+            ),
+            Crop(**config.views.local_crop, **colour, blur=config.views.blur[2]),
+        ]
+        side = config.views.global_crop.px // config.model.patch
+        self.mask_grid = (side, side)
+        self.counts = mask_counts(
+            2 * config.batch.samples, side * side, (0.1, 0.5), 0.5, 2 * MASK_BLOCK
+        )
+        self.momentum = cosine(config.ema.start, config.ema.end, config.steps)
+        self.teacher_temperature = linear(
+            config.loss.teacher_temperature,
+            config.loss.end_teacher_temperature,
+            config.loss.temperature_warmup,
+        )
+
+    def init(self, key: Array, shapes: Mapping[str, Any]) -> tuple[Params, dict[str, Array]]:
+        one, two, three = jax.random.split(key, 3)
+        side = self.config.views.global_crop.px
+        image = jnp.zeros((1, side, side, 3))
+        backbone = self.backbone.init(one, image, jnp.zeros((1, self.mask_grid[0] ** 2), bool))
+        feature = jnp.zeros((1, self.config.model.width))
+        student = {
+            "backbone": backbone["params"],
+            "dino": self.head.init(two, feature)["params"],
+            "ibot": self.head.init(three, feature)["params"],
+        }
+        centre = jnp.zeros((self.config.head.prototypes,))
+        return {"student": student, "teacher": student}, {"dino": centre, "ibot": centre}
+
+    @property
+    def roles(self) -> Rules:
+        return [("student/.*", TRAINED), ("teacher/(.*)", EmaOf(r"student/\1", self.momentum))]
+
+    def views(self, batch: Mapping[str, Array], keys: Array) -> dict[str, Array]:
+        """ "globals" (2, b, g, g, 3), "locals" (l, b, s, s, 3), "mask" (2, b, n) bool."""
+        images = [crops(batch["window"], substream(keys, i), self.crop_kinds[i]) for i in (0, 1)]
+        small = [
+            crops(batch["window"], substream(keys, 2 + i), self.crop_kinds[2])
+            for i in range(self.config.views.local_crops)
+        ]
+        counts = self.counts.reshape(-1, 2)  # the two globals of a sample are neighbours in a block
+        masks = [
+            block_masks(substream(keys, 100 + i), counts[:, i], self.mask_grid) for i in (0, 1)
+        ]
+        scale = (tuple(self.config.views.mean), tuple(self.config.views.std))
+        return {
+            "globals": normalise(jnp.stack(images), *scale),
+            "locals": normalise(jnp.stack(small), *scale),
+            "mask": jnp.stack(masks).reshape(2, len(keys), -1),
+        }
+
+    def loss(
+        self, params: Params, aux: dict[str, Array], views: Any, keys: Array, step: Array
+    ) -> tuple[Array, tuple[dict[str, Array], dict[str, Array]]]:
+        c = self.config.loss
+        b = views["globals"].shape[1]
+        both = views["globals"].reshape(2 * b, *views["globals"].shape[2:])
+        mask = views["mask"].reshape(2 * b, -1)
+        student, teacher = params["student"], jax.lax.stop_gradient(params["teacher"])
+        keep = [
+            drop_path_factors(substream(keys, i), self.config.model.depth, c.drop_path)
+            for i in range(2 + len(views["locals"]))
+        ]
+
+        def run(weights: Params, images: Array, mask: Array | None, keep: Any) -> dict[str, Array]:
+            return self.backbone.apply({"params": weights["backbone"]}, images, mask, keep)
+
+        def project(weights: Params, name: str, x: Array) -> Array:
+            return self.head.apply({"params": weights[name]}, x)
+
+        joined = None if keep[0] is None else jnp.concatenate(keep[:2], -1)
+        seen = run(student, both, mask, joined)
+        known = run(teacher, both, None, None)
+        near = views["locals"].reshape(-1, *views["locals"].shape[2:])
+        joined = None if keep[0] is None else jnp.concatenate(keep[2:], -1)
+        local_cls = run(student, near, None, joined)["cls"]
+
+        # DINO: masked student CLS, and local CLS, against the other view's unmasked teacher CLS.
+        temperature = self.teacher_temperature(step)
+        logits = jax.lax.stop_gradient(project(teacher, "dino", known["cls"]))
+        target = self._targets(logits, aux["dino"], temperature, jnp.ones(2 * b))
+        target = target.reshape(2, b, -1)
+        own = project(student, "dino", seen["cls"]).reshape(2, b, -1)
+        local = project(student, "dino", local_cls).reshape(-1, b, own.shape[-1])
+        terms = 2 + 2 * len(local)
+        global_dino = sum(ssl.cross_entropy(own[i], target[1 - i]).mean() for i in (0, 1)) / terms
+        local_dino = ssl.cross_entropy(local[:, None], target[None]).mean((2,)).sum() / terms
+
+        # iBOT: every masked patch against the teacher's patch; each image weighs 1.
+        total = int(self.counts.sum())
+        at = jnp.nonzero(mask.reshape(-1), size=total)[0]
+        per_image = jnp.asarray(np.maximum(_by_view(self.counts), 1))
+        weight = (1.0 / per_image)[at // mask.shape[1]]
+        hidden = project(student, "ibot", seen["tokens"].reshape(-1, seen["tokens"].shape[-1])[at])
+        truth = jax.lax.stop_gradient(
+            project(teacher, "ibot", known["tokens"].reshape(-1, known["tokens"].shape[-1])[at])
+        )
+        patch_target = self._targets(truth, aux["ibot"], temperature, jnp.ones(total))
+        ibot = (ssl.cross_entropy(hidden, patch_target) * weight).sum() / (self.counts > 0).sum()
+
+        koleo = sum(ssl.koleo(x) for x in seen["cls"].reshape(2, b, -1)) / 2
+        loss = c.dino * (global_dino + local_dino) + c.ibot * ibot + c.koleo * koleo
+        metrics = {
+            "loss/dino_global": global_dino,
+            "loss/dino_local": local_dino,
+            "loss/ibot": ibot,
+            "loss/koleo": koleo,
+            "teacher_entropy": ssl.entropy(target),
+            "prototype_usage": ssl.usage(target, jnp.ones((2, b))),
+            "feature_std": (known["cls"] / jnp.linalg.norm(known["cls"], axis=-1, keepdims=True))
+            .std(0)
+            .mean()
+            * np.sqrt(self.config.model.width),
+            "ema_momentum": self.momentum(step),
+        }
+        aux = {
+            "dino": ssl.moved_centre(aux["dino"], logits, jnp.ones(2 * b)),
+            "ibot": ssl.moved_centre(aux["ibot"], truth, jnp.ones(total)),
+        }
+        return loss, (metrics, aux)
+
+    def _targets(self, logits: Array, centre: Array, temperature: Array, weight: Array) -> Array:
+        if self.config.loss.targets == "sinkhorn":
+            return ssl.sinkhorn(logits, temperature, weight)
+        return ssl.centred_softmax(logits, centre, temperature)
+
+    def product(self, params: Params) -> Params:
+        return params["teacher"]["backbone"]
+
+    def encode(self, product: Params, batch: Mapping[str, Array]) -> Array:
+        """(b, h, w, 3) uint8 to (b, 2 d): the CLS token and the mean patch token."""
+        images = normalise(
+            batch["image"].astype(jnp.float32) / 255,
+            tuple(self.config.views.mean),
+            tuple(self.config.views.std),
+        )
+        out = self.backbone.apply({"params": product}, images)
+        return jnp.concatenate([out["cls"], out["tokens"].mean(1)], -1)
+
+
+def _by_view(counts: np.ndarray) -> np.ndarray:
+    """Counts of neighbouring pairs (2b,) in the (view, sample) order of the flattened batch."""
+    return counts.reshape(-1, 2).T.reshape(-1)

@@ -1,0 +1,180 @@
+"""The PatHME region encoder: one ViT over grids of tile features, prompts at 5x, and HMSA.
+
+Equations follow METHODS 2.1 ("PMSD", "HMSA"). A region is a 4x4 grid of 5x features, each with its own
+4x4 block of 20x features: a 16x16 grid.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pathme_jax.models.heads import unit
+from pathme_jax.models.transformer import Block, attend, resize_positions, trunc_normal
+
+Array = jax.Array
+
+COARSE, FINE = 4, 16  # tiles along a region's side at 5x and at 20x
+CHILDREN = FINE // COARSE
+
+
+class RegionEncoder(nn.Module):
+    """One set of weights for both magnifications and every crop; only `coarse` has prompts.
+
+    Methods return {"cls": (b, d), "tokens": (b, n, d), "pre_norm": (b, n, d)[, "prompts": (b, p, d)]};
+    cls and tokens after the last LayerNorm, `pre_norm` and `prompts` before it, which is what HMSA reads.
+    """
+
+    width: int = 96
+    depth: int = 4
+    heads: int = 4
+    mlp_ratio: float = 4.0
+    layer_scale: float = 1e-5
+    prompts: int = 10
+
+    def setup(self) -> None:
+        self.embed = nn.Dense(self.width, kernel_init=trunc_normal)
+        self.cls_token = self.param("cls_token", nn.initializers.normal(1e-6), (self.width,))
+        self.mask_token = self.param("mask_token", nn.initializers.zeros, (self.width,))
+        self.positions = self.param("positions", trunc_normal, (FINE, FINE, self.width))
+        self.cls_position = self.param("cls_position", trunc_normal, (self.width,))
+        self.deep_prompts = self.param(
+            "prompts", nn.initializers.normal(1e-6), (self.depth, self.prompts, self.width)
+        )
+        self.blocks = [
+            Block(self.heads, self.mlp_ratio, self.layer_scale, name=f"block_{i:02}")
+            for i in range(self.depth)
+        ]
+        self.norm = nn.LayerNorm(epsilon=1e-6)
+
+    def fine(
+        self, grid: Array, valid: Array, mask: Array | None = None, keep: Array | None = None
+    ) -> dict[str, Array]:
+        """20x features, or any crop of a scale that gets no prompts.
+
+        Args:
+            grid: (b, h, w, f). valid, mask: (b, h, w) bool: tissue is there; content is hidden.
+            keep: (depth, 2, b) stochastic-depth factors.
+        """
+        x, seen = self._embed(grid, valid, mask)
+        for i, block in enumerate(self.blocks):
+            x = block(x, seen, None if keep is None else keep[i])
+        return self._read(x)
+
+    def coarse(
+        self, grid: Array, valid: Array, mask: Array | None = None, keep: Array | None = None
+    ) -> dict[str, Array]:
+        """5x features. Each block gets its own prompts; what it made of the last ones is dropped."""
+        x, seen = self._embed(grid, valid, mask)
+        b = len(x)
+        seen = jnp.concatenate([seen[:, :1], jnp.ones((b, self.prompts), bool), seen[:, 1:]], 1)
+        prompts = x[:, :0]
+        for i, block in enumerate(self.blocks):
+            fresh = jnp.broadcast_to(self.deep_prompts[i], (b, self.prompts, self.width))
+            x = jnp.concatenate([x[:, :1], fresh, x[:, 1:]], 1)
+            x = block(x, seen, None if keep is None else keep[i])
+            prompts, x = (
+                x[:, 1 : 1 + self.prompts],
+                jnp.concatenate([x[:, :1], x[:, 1 + self.prompts :]], 1),
+            )
+        return {**self._read(x), "prompts": prompts}
+
+    def _embed(self, grid: Array, valid: Array, mask: Array | None) -> tuple[Array, Array]:
+        b, h, w, _ = grid.shape
+        x = nn.gelu(self.embed(grid), approximate=False)
+        if mask is not None:
+            x = jnp.where(mask[..., None], self.mask_token, x)
+        x = (x + resize_positions(self.positions, (h, w))).reshape(b, h * w, self.width)
+        cls = jnp.broadcast_to(self.cls_token + self.cls_position, (b, 1, self.width))
+        seen = jnp.concatenate([jnp.ones((b, 1), bool), valid.reshape(b, h * w)], 1)
+        return jnp.concatenate([cls, x], 1), seen
+
+    def _read(self, x: Array) -> dict[str, Array]:
+        normed = self.norm(x)
+        return {"cls": normed[:, 0], "tokens": normed[:, 1:], "pre_norm": x[:, 1:]}
+
+
+def children_of(fine: Array) -> Array:
+    """Groups a 16x16 grid by 5x parent: (b, 16, 16, ...) to (b, 16 parents, 16 children, ...).
+
+    Parents and children are both in raster order; the children of one parent are a 4x4 block of the
+    grid, not sixteen consecutive tokens.
+    """
+    b, rest = fine.shape[0], fine.shape[3:]
+    blocks = fine.reshape(b, COARSE, CHILDREN, COARSE, CHILDREN, *rest)
+    return blocks.swapaxes(2, 3).reshape(b, COARSE * COARSE, CHILDREN * CHILDREN, *rest)
+
+
+def child_mask() -> Array:
+    """(16 parents, 256 raster fine tokens) bool: which fine token belongs to which 5x token."""
+    index = children_of(jnp.arange(FINE * FINE).reshape(1, FINE, FINE))[0]
+    return jnp.zeros((COARSE**2, FINE**2), bool).at[jnp.arange(COARSE**2)[:, None], index].set(True)
+
+
+class CrossLayer(nn.Module):
+    """q + MHA(unit(q), unit(W k)), then LayerNorm: one HMSA layer."""
+
+    heads: int = 4
+
+    @nn.compact
+    def __call__(self, query: Array, fine: Array, seen: Array, drop: Array | None) -> Array:
+        """query: (b, n, d). fine: (b, m, d). seen: (b, n, m) bool. drop: (b, n, d) factors."""
+        b, n, d = query.shape
+        key = unit(nn.Dense(d, kernel_init=trunc_normal, name="fine")(fine))
+
+        def split(x: Array, name: str) -> Array:
+            x = nn.Dense(d, kernel_init=trunc_normal, name=name)(x)
+            return x.reshape(b, -1, self.heads, d // self.heads)
+
+        mixed = attend(split(unit(query), "query"), split(key, "key"), split(key, "value"), seen)
+        out = nn.Dense(d, kernel_init=trunc_normal, name="out")(mixed.reshape(b, n, d))
+        if drop is not None:
+            out = out * drop
+        return nn.LayerNorm(epsilon=1e-6, name="norm")(query + out)
+
+
+class HMSA(nn.Module):
+    """Hierarchical multi-scale attention: 16 coarse tokens and p prompts query the 256 fine tokens.
+
+    In the local layers a coarse token sees only its own 4x4 children, prompts see every fine token; in
+    the global layers every query sees every fine token.
+    """
+
+    local_layers: int = 4
+    global_layers: int = 4
+    heads: int = 4
+    dropout: float = 0.1
+
+    @nn.compact
+    def __call__(
+        self,
+        coarse: Array,
+        prompts: Array,
+        fine: Array,
+        fine_valid: Array,
+        keys: Array | None = None,
+    ) -> Array:
+        """coarse: (b, 16, d), prompts: (b, p, d), fine: (b, 256, d) pre-norm; fine_valid: (b, 256).
+
+        keys: (b,) PRNG keys for dropout; None switches it off.
+
+        Returns:
+            (b, 16 + p, d) multi-scale tokens, coarse first.
+        """
+        query = jnp.concatenate([coarse, prompts], 1)
+        b, n, d = query.shape
+        everything = jnp.broadcast_to(fine_valid[:, None, :], (b, n, fine.shape[1]))
+        own = jnp.concatenate([child_mask(), jnp.ones((prompts.shape[1], FINE**2), bool)])
+        layers = self.local_layers + self.global_layers
+        drop = [None] * layers
+        if keys is not None and self.dropout:
+            kept = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - self.dropout, (layers, n, d)))(
+                keys
+            )
+            drop = jnp.moveaxis(kept.astype(query.dtype) / (1 - self.dropout), 1, 0)
+        for i in range(layers):
+            seen = everything & own if i < self.local_layers else everything
+            name = f"local_{i}" if i < self.local_layers else f"global_{i - self.local_layers}"
+            query = CrossLayer(self.heads, name=name)(query, fine, seen, drop[i])
+        return query
