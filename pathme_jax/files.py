@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -22,13 +23,18 @@ from typing import Any
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `path` (same suffix); renames it over `path` on success.
 
-    The name holds the process id, so that several processes may write the same file: the last wins.
-    Works for a file or a folder; on an exception whatever was written is removed.
+    The name holds host and process, so that several may write the same file: the last wins. Works for
+    a file or a folder; on an exception whatever was written is removed, and so is what a killed process
+    of this host left of an earlier attempt.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    _remove(temporary)
+    start, end = f".{path.stem}.{platform.node()}-", f".tmp{path.suffix}"
+    temporary = path.with_name(f"{start}{os.getpid()}{end}")
+    for left in path.parent.glob(f"{glob.escape(start)}*{glob.escape(end)}"):
+        process = left.name[len(start) : len(left.name) - len(end)]
+        if not process.isdigit() or int(process) == os.getpid() or not _alive(int(process)):
+            _remove(left)
     try:
         yield temporary
         if path.is_dir() and temporary.is_dir():
@@ -36,6 +42,16 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         _remove(temporary)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _remove(path: Path) -> None:

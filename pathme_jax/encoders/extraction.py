@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +106,8 @@ def extract_fields(
         (m.name, mpp * k): folder(grid_dir, m.name, mpp * k) for m in models for k in multiples
     }
 
-    sidecars = {s: read_json(grid_dir / "fields" / f"{s}.json") for s in source.slide_ids}
-    recipe = {
-        (s, key): digest({"slide": sidecars[s], "encoder": key, "version": VERSION})
-        for s in source.slide_ids
-        for key in folders
-    }
+    sidecars = source.sidecars
+    recipe = {(s, key): _recipe(sidecars[s], key) for s in source.slide_ids for key in folders}
     todo = [
         s
         for s in source.slide_ids
@@ -239,11 +235,19 @@ def level0(grid: np.ndarray, cell_um: float, slide_mpp: float) -> np.ndarray:
     return np.round(np.asarray(grid)[:, ::-1] * cell_um / slide_mpp).astype(np.int64)
 
 
-def _attrs(slide: dict[str, Any], encoder: str, mpp: float, recipe: str) -> dict[str, Any]:
-    size = (slide["level0_width"], slide["level0_height"])
+def _recipe(slide: Mapping[str, Any], made_by: Any) -> str:
+    """Of one slide's features: its pixels, and what encoded them."""
+    pixels = {kind: slide[kind]["sha256"] for kind in ("fields", "views") if slide[kind]["records"]}
+    return digest({"pixels": pixels, "made_by": made_by, "version": VERSION})
+
+
+def _attrs(slide: Mapping[str, Any], encoder: str, mpp: float, recipe: str) -> dict[str, Any]:
     return {
         **feature_files.coordinate_attrs(
-            slide_id=slide["slide_id"], mpp=mpp, slide_mpp=slide["mpp"], level0_size=size
+            slide_id=slide["slide_id"],
+            mpp=mpp,
+            slide_mpp=slide["slide_mpp"],
+            level0_size=slide["level0_size"],
         ),
         "encoder": encoder,
         "recipe": recipe,
@@ -271,10 +275,8 @@ def extract_regions(
     slides = sorted(set(source.index.slide_id.tolist()))
     done = 0
     for slide_id in tqdm(slides, desc="extract regions", disable=not progress, unit="slide"):
-        slide = read_json(grid_dir / "fields" / f"{slide_id}.json")
-        recipe = digest(
-            {"slide": slide, "encoder": model.name, "regions": regions_dir.name, "version": VERSION}
-        )
+        slide = read_json(fields.sidecar_path(grid_dir, slide_id))
+        recipe = _recipe(slide, [model.name, regions_dir.name])
         if feature_files.recipe_of(out / f"{slide_id}.h5") == recipe:
             continue
         mine = np.flatnonzero(source.index.slide_id == slide_id)
@@ -294,7 +296,7 @@ def extract_regions(
         write_features(
             out / f"{slide_id}.h5",
             features=np.concatenate(tokens).astype(np.float32),
-            coords=level0(cells, 256 * mpp, slide["mpp"]),
+            coords=level0(cells, 256 * mpp, slide["slide_mpp"]),
             grid=cells,
             kind=np.concatenate(kind),
             attrs=_attrs(slide, model.name, mpp, recipe),

@@ -56,8 +56,6 @@ def join(
     }
     made_of, errors = {}, []
     for slide in views.slide_ids:
-        if not len(views.ranges[slide]):
-            continue  # smaller than a region: listed by `tile`
         recipes = {
             n: feature_files.recipe_of(path / f"{slide}.h5") for n, (path, _) in paths.items()
         }
@@ -87,12 +85,12 @@ def join(
     values: dict[str, list[np.ndarray]] = {name: [] for name in paths}
     valid: dict[str, list[np.ndarray]] = {name: [] for name in paths}
     for slide in tqdm(made_of, desc="regions", unit="slide", disable=not progress):
-        about = read_json(grid_dir / "fields" / f"{slide}.json")
+        about = views.sidecars[slide]
         anchors = [np.asarray(views[i]["grid"], int) for i in views.ranges[slide]]
         slide_id += [slide] * len(anchors)
         grid += anchors
-        slide_mpp += [about["mpp"]] * len(anchors)
-        level0_size += [(about["level0_width"], about["level0_height"])] * len(anchors)
+        slide_mpp += [about["slide_mpp"]] * len(anchors)
+        level0_size += [about["level0_size"]] * len(anchors)
         for name, (path, side) in paths.items():
             bag = feature_files.read_features(path / f"{slide}.h5")
             if bag.grid is None:

@@ -21,7 +21,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from pathme_jax.errors import UserError
-from pathme_jax.files import atomic, read_json, write_json
+from pathme_jax.files import atomic, digest, read_json, write_json
 
 SIDE = {1: 16, 4: 4, 16: 1}  # tiles along a region's side, by mpp over the finest mpp
 
@@ -144,6 +144,9 @@ class RegionSource:
 
     def __getstate__(self) -> dict[str, Any]:  # Grain's workers open their own readers
         return {k: v for k, v in self.__dict__.items() if k != "_readers"}
+
+    def __repr__(self) -> str:  # Grain compares it when it resumes; it is also the data's identity
+        return f"RegionSource({len(self)} regions, {digest(self.recipe)})"
 
     def __len__(self) -> int:
         return len(self.index.slide_id)

@@ -10,7 +10,7 @@ from pathme_jax.slides import tissue
 from pathme_jax.slides.plan import Recipe, make_plan, missing_regions
 from pathme_jax.slides.reader import level_for, open_slide, read_scaled
 from pathme_jax.slides.tile import CRASHED, Job, explain, finished, make_jobs
-from pathme_jax.slides.workers import each
+from pathme_jax.workers import each
 
 
 def preview(

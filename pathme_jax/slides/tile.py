@@ -29,7 +29,7 @@ from pathme_jax.slides.grid import SPAN, Grid, tile_cells
 from pathme_jax.slides.listing import SlideFile, find_slides, fingerprint
 from pathme_jax.slides.plan import Plan, Recipe, make_plan, missing_regions
 from pathme_jax.slides.reader import Reader, level_for, open_slide, read_scaled, resize
-from pathme_jax.slides.workers import each
+from pathme_jax.workers import each
 
 VIEW_PX = 256
 SLIDE_COLUMNS = [

@@ -7,24 +7,17 @@ out/labels.csv         case_id, slide_id, detail, architecture, subtype, os_mont
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
-import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-from tqdm import tqdm
 
 from pathme_jax.errors import UserError
 from pathme_jax.files import read_json, write_csv, write_json
 from pathme_jax.synthetic.chromatin import AMPLITUDE
 from pathme_jax.synthetic.pyramid import QUALITY, write_pyramid
 from pathme_jax.synthetic.slide import FIELD, MPP, SlideSpec, field_rows
+from pathme_jax.workers import each
 
 DRAWING = 1  # raise it with every change to what is drawn: it is part of the recipe
 COLUMNS = ["case_id", "slide_id", "detail", "architecture", "subtype", "os_months", "event"]
@@ -80,9 +73,14 @@ def write_cohort(
         for index, row in enumerate(rows)
     ]
     missing = [job for job in jobs if not job[0].exists()]
-    done = _each(missing, workers)
-    for _ in tqdm(done, "synthesize", slides, initial=slides - len(missing), disable=not progress):
-        pass
+    each(
+        _write_slide,
+        missing,
+        crashed=_lost,
+        workers=workers,
+        progress=progress and bool(missing),
+        label="synthesize",
+    )
     write_csv(out / "labels.csv", rows, COLUMNS)
     return out
 
@@ -146,31 +144,8 @@ def _write_slide(job: tuple[Path, SlideSpec, dict[str, Any]]) -> None:
     write_pyramid(path, field_rows(spec, row["detail"], row["architecture"]), spec.size, MPP)
 
 
-def _each(jobs: list, workers: int) -> Iterator[None]:
-    """Writes the slides, in this process or in `workers` others; yields as each is done."""
-    if min(workers, len(jobs)) <= 1:
-        yield from map(_write_slide, jobs)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        min(workers, len(jobs)), spawn, initializer=_start_worker, initargs=(os.getpid(),)
-    ) as pool:
-        futures = [pool.submit(_write_slide, job) for job in jobs]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _start_worker(parent: int) -> None:
-    """One thread per worker; and a worker whose parent was killed must not live on."""
-    cv2.setNumThreads(1)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _lost(job: tuple[Path, SlideSpec, dict[str, Any]]) -> None:
+    raise UserError(
+        f"drawing {job[0].name} ended its process, most likely for lack of memory",
+        "Run the same command with --workers 1: finished slides are kept",
+    )

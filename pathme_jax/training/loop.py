@@ -28,9 +28,12 @@ OPERATIONAL = ("log_every", "checkpoint", "data")
 
 
 def identity(config: ConfigDict, source: Any) -> dict[str, Any]:
-    """What decides the result: the config without its operational keys, and the data."""
+    """What decides the result: the config without its operational keys, and the data.
+
+    The source's repr names its content by hash, not where it lies.
+    """
     what = {k: v for k, v in json.loads(config.to_json()).items() if k not in OPERATIONAL}
-    return {"config": what, "data": source.recipe}
+    return {"config": what, "data": repr(source)}
 
 
 def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> Path:

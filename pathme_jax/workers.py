@@ -1,4 +1,4 @@
-"""One job per slide, spread over processes: a slide that takes its process down is found and named."""
+"""Jobs spread over processes: one that takes its process down is found and named."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ def each(
     crashed: Callable[[J], Any],
     workers: int,
     progress: bool,
+    label: str = "tile",
 ) -> list[Any]:
     """`work(job)` of every job, in any order.
 
     Args:
         crashed: what to return for a job whose process died (no memory, a corrupt file in a decoder).
         workers: processes; 0 or 1 works in this one.
+        label: of the progress bar.
     """
-    with tqdm(total=len(jobs), desc="tile", unit="slide", disable=not progress) as bar:
+    with tqdm(total=len(jobs), desc=label, unit="slide", disable=not progress) as bar:
         if workers <= 1 or len(jobs) <= 1:
             results = []
             for job in jobs:

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from pathme_jax.slides.workers import each
+from pathme_jax.workers import each
 
 
 def work(job: int) -> str:
