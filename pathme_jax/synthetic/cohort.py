@@ -19,7 +19,7 @@ from pathme_jax.synthetic.pyramid import QUALITY, write_pyramid
 from pathme_jax.synthetic.slide import FIELD, MPP, SlideSpec, field_rows
 from pathme_jax.workers import each
 
-DRAWING = 1  # raise it with every change to what is drawn: it is part of the recipe
+DRAWING = 2  # raise it with every change to what is drawn: it is part of the recipe
 COLUMNS = ["case_id", "slide_id", "detail", "architecture", "subtype", "os_months", "event"]
 CELLS = [(0, 0), (0, 1), (1, 0), (1, 1)]  # detail, architecture
 HAZARD = 1 / 100  # per month, with both labels 0

@@ -2,7 +2,7 @@
 
     field  1024 px = 512 µm, 4x4 tiles; the grid starts at (0, 0) of level 0, at exactly 0.5 µm/px
     architecture  0: gland tiles fill one half of the field;  1: gland and stroma in a checkerboard
-    detail        0: fine chromatin;  1: coarse (chromatin.py)
+    detail        0: chromatin in threads;  1: in clumps (chromatin.py)
 
 Everything else (stain, scanner, outline, every tile's pixels) follows from `SlideSpec` alone. So twins
 that differ in `architecture` hold the same tiles in other places, and twins that differ in `detail`

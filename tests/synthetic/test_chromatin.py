@@ -22,10 +22,16 @@ def test_patterns_are_closed_under_flips_and_turns(detail):
         assert np.ascontiguousarray(np.rot90(pattern)).tobytes() in known
 
 
-def test_classes_differ_in_clump_size_alone():
-    fine, coarse = (patterns(detail).reshape(-1, 2, 2, 2, 2).sum((2, 4)) for detail in (0, 1))
-    assert (fine == 0).all()
-    assert (np.abs(coarse) == 4 * AMPLITUDE).all()
+def test_classes_share_no_pattern_and_have_as_many():
+    threads, clumps = ({p.tobytes() for p in patterns(detail)} for detail in (0, 1))
+    assert len(threads) == len(clumps) == 8
+    assert not threads & clumps
+
+
+@pytest.mark.parametrize("detail", [0, 1])
+def test_every_2x2_sum_survives_halving_and_rounding(detail):
+    sums = patterns(detail).reshape(-1, 2, 2, 2, 2).sum((2, 4))
+    assert (sums % 4 == 0).all()
 
 
 @given(st.integers(0, 2**32), st.integers(1, 9), st.integers(1, 9), st.integers(0, 1))

@@ -1,0 +1,97 @@
+"""Who is trained on and who is tested: patient-grouped, stratified, and refused where a patient leaks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pathme_jax.errors import UserError
+from pathme_jax.records.labels import Labels
+
+UNUSED, TRAIN, VALIDATION, TEST = 0, 1, 2, 3
+_CODES = {"": UNUSED, "train": TRAIN, "val": VALIDATION, "test": TEST}
+VALIDATE_FROM = 20  # training cases of the smallest class; a fifth of fewer is too few to stop on
+
+
+def stratified(
+    cases: list[str], labels: np.ndarray, classes: list[str], folds: int, seed: int
+) -> np.ndarray:
+    """(f, n) parts of n bags: every case is tested once, every fold trains and tests every class.
+
+    The cases of a class are dealt to the folds in a random order, each class going on where the one before
+    stopped: a class, and the whole, differ by at most one case between folds. f is `folds`, or the number of
+    cases of the smallest class if that is less. Where every class has `VALIDATE_FROM` training cases, a fifth
+    of a fold's training cases becomes its validation part.
+
+    Raises:
+        UserError: fewer than two classes, or a class with one case.
+    """
+    label_of = dict(sorted(zip(cases, labels.tolist(), strict=True)))
+    counts = {name: list(label_of.values()).count(i) for i, name in enumerate(classes)}
+    present = {name: count for name, count in counts.items() if count}
+    if len(present) < 2:
+        raise UserError(
+            f"only one class, {next(iter(present))!r}, among the {len(label_of)} cases with features",
+            "Give at least two cases of at least two classes",
+        )
+    rarest = min(present, key=lambda name: present[name])
+    if present[rarest] < 2:
+        raise UserError(
+            f"class {rarest!r} has 1 case with features: cannot cross-validate",
+            "Give at least two cases of every class, or blank that label",
+        )
+    k = min(folds, present[rarest])
+    fold_of = _deal(label_of, k, np.random.default_rng([seed, 1]))
+    tested = np.array([fold_of[case] for case in cases])
+    parts = np.where(tested == np.arange(k)[:, None], TEST, TRAIN).astype(np.int8)
+    for f in range(k):
+        rest = {case: label for case, label in label_of.items() if fold_of[case] != f}
+        smallest = min(list(rest.values()).count(label) for label in set(rest.values()))
+        if smallest >= VALIDATE_FROM:
+            fifth = _deal(rest, 5, np.random.default_rng([seed, 2, f]))
+            parts[f, [fifth.get(case) == 0 for case in cases]] = VALIDATION
+    return parts
+
+
+def _deal(label_of: dict[str, int], k: int, rng: np.random.Generator) -> dict[str, int]:
+    """case → hand, dealing the cases of one class after another to k hands in turn."""
+    order = [
+        case
+        for label in sorted(set(label_of.values()))
+        for case in rng.permutation([c for c in label_of if label_of[c] == label]).tolist()
+    ]
+    return {case: turn % k for turn, case in enumerate(order)}
+
+
+def given(table: Labels, rows: list[int], labels: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """(f, n) parts from the user's fold columns, and the folds left out, with the reason.
+
+    Args:
+        rows: (n,) row of each bag in the table.
+        labels: (n,) class of each bag.
+
+    Raises:
+        UserError: a case is on two sides of one fold, or no fold can be used.
+    """
+    parts, skipped = [], []
+    for name, values in table.folds.items():
+        side: dict[str, str] = {}
+        for case, value in zip(table.case_ids, values, strict=True):
+            if side.setdefault(case, value) != value:
+                raise UserError(
+                    f"{name}: patient {case!r} is in both {side[case] or 'no part'} and "
+                    f"{value or 'no part'}",
+                    "Put all slides of a patient on one side of every fold",
+                )
+        part = np.array([_CODES[values[row]] for row in rows], np.int8)
+        if not (part == TEST).any():
+            skipped.append(f"{name}: no slide with features is tested")
+        elif len(np.unique(labels[part == TRAIN])) < 2:
+            skipped.append(f"{name}: fewer than two classes to train on")
+        else:
+            parts.append(part)
+    if not parts:
+        raise UserError(
+            f"no fold of {', '.join(table.folds)} can be used; {skipped[0]}",
+            "Mark slides of every class as train and some as test, or pass --fold-column-prefix ''",
+        )
+    return np.array(parts), skipped

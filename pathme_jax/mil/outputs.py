@@ -1,0 +1,79 @@
+"""The files of a MIL run: predictions, loss history, attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from pathme_jax.evaluation.classification import OutOfFold
+from pathme_jax.files import write_csv
+from pathme_jax.mil.bags import MilBag
+
+
+def rounded(content: Any) -> Any:
+    """Numbers to 6 digits, NaN to null, NumPy to Python."""
+    if isinstance(content, dict):
+        return {key: rounded(value) for key, value in content.items()}
+    if isinstance(content, list | tuple | np.ndarray):
+        return [rounded(value) for value in content]
+    if isinstance(content, float | np.floating):
+        return round(float(content), 6) if np.isfinite(content) else None
+    return content
+
+
+def write_predictions(
+    folder: Path, bags: list[MilBag], classes: list[str], pairs: np.ndarray, scores: np.ndarray
+) -> None:
+    """predictions.csv: one row per bag and fold that tested it; pairs (q, 2) of fold and bag."""
+    rows = [
+        {"case_id": bags[b].case_id, "slide_id": bags[b].slide_id, "fold": fold}
+        | {"label": classes[bags[b].label], **_scores(classes, score)}
+        for (fold, b), score in zip(pairs.tolist(), scores, strict=True)
+    ]
+    columns = ["case_id", "slide_id", "fold", "label", *_scores(classes, scores[0])]
+    write_csv(folder / "predictions.csv", rows, columns)
+
+
+def write_cases(folder: Path, classes: list[str], found: OutOfFold) -> None:
+    """cases.csv: one row per case and fold that tested it."""
+    rows = [
+        {"case_id": case, "fold": fold, "label": classes[label], **_scores(classes, score)}
+        for score, label, fold, case in zip(
+            found.scores, found.labels, found.folds, found.cases, strict=True
+        )
+    ]
+    columns = ["case_id", "fold", "label", *_scores(classes, found.scores[0])]
+    write_csv(folder / "cases.csv", rows, columns)
+
+
+def _scores(classes: list[str], score: np.ndarray) -> dict[str, float]:
+    return {f"score_{name}": rounded(s) for name, s in zip(classes, score, strict=True)}
+
+
+def write_history(folder: Path, history: np.ndarray) -> None:
+    """history.csv from (f, epochs, 2) training and validation losses."""
+    rows = [
+        {"fold": fold, "epoch": epoch, "loss": rounded(loss), "validation_loss": rounded(held_out)}
+        for fold, losses in enumerate(history.tolist())
+        for epoch, (loss, held_out) in enumerate(losses)
+    ]
+    write_csv(folder / "history.csv", rows, ["fold", "epoch", "loss", "validation_loss"])
+
+
+def write_attention(
+    folder: Path, bags: list[MilBag], pairs: np.ndarray, attention: list[np.ndarray]
+) -> None:
+    """attention/<slide>.h5, by the first model that tested the slide; sums to one over its bag."""
+    first = {b: i for i, b in reversed(list(enumerate(pairs[:, 1].tolist())))}
+    for b, i in first.items():
+        ends = np.cumsum([len(slide.features) for slide in bags[b].slides])
+        for slide, part in zip(bags[b].slides, np.split(attention[i], ends[:-1]), strict=True):
+            with h5py.File(folder / "attention" / f"{slide.slide_id}.h5", "w") as file:
+                file.create_dataset("attention", data=part.astype(np.float32))
+                file.create_dataset("coords", data=slide.coords).attrs.update(slide.attrs)
+                file.create_dataset("kind", data=slide.kind)
+                if slide.grid is not None:
+                    file.create_dataset("grid", data=slide.grid)

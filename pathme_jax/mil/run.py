@@ -1,0 +1,111 @@
+"""One cross-validation: feature files and labels in, a folder of predictions, metrics and attention out.
+
+    <out>/<task>/<name>-<hash8>/metrics.json predictions.csv cases.csv history.csv attention/<slide>.h5 run.json
+
+The hash names the recipe: settings, labels, and the recipes of all feature files. The folder appears when it is
+complete, so an existing one is done, and another recipe goes beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+from pathme_jax.errors import UserError
+from pathme_jax.files import atomic, digest, provenance, read_json, write_json
+from pathme_jax.mil.bags import load
+from pathme_jax.mil.settings import Settings
+from pathme_jax.records.features import recipe_of
+from pathme_jax.records.labels import Labels, read_labels
+
+VERSION = 1  # raise it when results change
+
+
+def run(
+    features: Path,
+    labels: Path,
+    task: str,
+    out: Path,
+    *,
+    parent: Path | None = None,
+    colour: Path | None = None,
+    name: str | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Cross-validates gated ABMIL and its controls, or returns what an equal run left.
+
+    Args:
+        features: folder of feature files.
+        labels: label table, see `records.labels`.
+        task: its column.
+        out: where `<task>/<name>-<hash8>/` goes.
+        parent: features at 4 × the µm/px, joined to each instance.
+        colour: CSV `slide_id,r,g,b` for the mean-colour row.
+        name: of the bags; by default that of the feature folder.
+        settings: fields of `mil.settings.Settings`.
+
+    Returns:
+        The content of metrics.json, and `folder`: where it is.
+
+    Raises:
+        UserError: see `read_labels`, `bags.load`, `folds`.
+    """
+    start = time.monotonic()
+    chosen = Settings(**settings)
+    if chosen.bag not in ("slide", "case"):
+        raise UserError(f"bag is {chosen.bag!r}", "Expected slide or case")
+    features, labels = Path(features), Path(labels)
+    parent = Path(parent) if parent else None
+    table = read_labels(labels, task, chosen.fold_column_prefix)
+    recipe = _recipe(features, parent, colour, table, chosen)
+    folder = Path(out) / task / f"{name or features.name}-{digest(recipe)}"
+    if not (folder / "metrics.json").exists():
+        from pathme_jax.mil import crossval  # imports JAX, which a rerun need not
+
+        for note in table.notes:
+            print(f"{labels}: {note}")
+        cohort = load(features, table, parent)
+        with atomic(folder) as temporary:
+            (temporary / "attention").mkdir(parents=True)
+            metrics = crossval.evaluate(temporary, cohort, table, chosen, colour, folder.name)
+            metrics |= {"name": name or features.name, "no_label": _no_label(features, table)}
+            write_json(temporary / "metrics.json", metrics)
+            write_json(
+                temporary / "run.json",
+                {"recipe": recipe, "seconds": time.monotonic() - start, **provenance()},
+            )
+    return {**read_json(folder / "metrics.json"), "folder": str(folder)}
+
+
+def _recipe(
+    features: Path, parent: Path | None, colour: Path | None, table: Labels, settings: Settings
+) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "settings": dataclasses.asdict(settings),
+        "labels": [
+            table.task,
+            *zip(table.slide_ids, table.case_ids, table.labels.tolist(), strict=True),
+            table.classes,
+            table.folds,
+        ],
+        "features": [_identity(features / f"{s}.h5") for s in table.slide_ids],
+        "parents": [_identity(parent / f"{s}.h5") for s in table.slide_ids] if parent else None,
+        "colour": hashlib.sha256(Path(colour).read_bytes()).hexdigest() if colour else None,
+    }
+
+
+def _identity(path: Path) -> str | None:
+    """A feature file's recipe; a foreign file has none, and is known by its size and time."""
+    recipe = recipe_of(path)
+    if recipe == "":
+        stat = path.stat()
+        return f"{stat.st_size} bytes, {stat.st_mtime_ns}"
+    return recipe
+
+
+def _no_label(features: Path, table: Labels) -> list[str]:
+    return sorted({path.stem for path in features.glob("*.h5")} - set(table.slide_ids))

@@ -1,0 +1,27 @@
+"""What a MIL run can be told: the recipe, and the flags of `python -m pathme_jax.mil_train`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+def _setting(default: Any, meaning: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": meaning})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    seed: int = _setting(0, "of folds, initial weights, dropout and bootstrap")
+    folds: int = _setting(5, "cross-validation folds; fewer if the smallest class has fewer cases")
+    fold_column_prefix: str = _setting("fold_", "the user's fold columns in the labels; '' ignores")
+    bag: str = _setting("slide", "slide: one bag a slide, scores averaged per case; case: pooled")
+    epochs: int = _setting(60, "passes over the training bags")
+    batch: int = _setting(4, "bags per step")
+    learning_rate: float = _setting(1e-3, "peak, with cosine decay to zero")
+    weight_decay: float = _setting(1e-2, "of AdamW")
+    hidden: int = _setting(64, "width of the instance embedding")
+    attention: int = _setting(32, "width of the attention branches")
+    dropout: float = _setting(0.25, "of the embedding, in training")
+    max_instances: int = _setting(4096, "per bag in training; prediction uses all")
+    shuffles: int = _setting(1, "controls trained on labels shuffled by case")

@@ -1,0 +1,52 @@
+"""Cross-validates a slide classifier on feature files: `python -m pathme_jax.mil_train --help`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from pathme_jax.errors import launcher
+from pathme_jax.mil.settings import Settings
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pathme_jax.mil_train",
+        description="Gated ABMIL, patient-grouped cross-validation, and the controls beside it.",
+    )
+    parser.add_argument("--features", type=Path, required=True, help="folder of feature files")
+    parser.add_argument("--parent-features", type=Path, help="features at 4 x the mpp, joined on")
+    parser.add_argument("--labels", type=Path, required=True, help="CSV case_id,slide_id,<task>")
+    parser.add_argument("--task", required=True, help="label column")
+    parser.add_argument("--out", type=Path, required=True, help="gets <task>/<name>-<hash>/")
+    parser.add_argument("--colour", type=Path, help="CSV slide_id,r,g,b for the mean-colour row")
+    parser.add_argument("--name", help="of the bags; default: the feature folder's")
+    for field in dataclasses.fields(Settings):
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=type(field.default),
+            default=field.default,
+            choices=("slide", "case") if field.name == "bag" else None,
+            help=f"{field.metadata['help']} (default: {field.default!r})",
+        )
+    return parser
+
+
+@launcher
+def main(argv: list[str] | None = None) -> None:
+    arguments = vars(_parser().parse_args(argv))
+    from pathme_jax.mil.run import run
+
+    found = run(parent=arguments.pop("parent_features"), **arguments)
+    for row, values in found["rows"].items():
+        print(f"{row:12} AUROC {values['auroc']}  95 % interval {values['interval']}")
+    for problem in found["problems"]:
+        print(f"left out {problem['slide_id']}: {problem['reason']}. {problem['cure']}")
+    if found["too_few_to_judge"]:
+        print(f"{found['cases']} cases: too few to judge")
+    print(found["folder"])
+
+
+if __name__ == "__main__":
+    main()

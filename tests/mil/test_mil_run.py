@@ -1,0 +1,251 @@
+"""A whole MIL run: its files, its rerun, its controls, and every bad input as one line."""
+
+import csv
+import shutil
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+
+from pathme_jax import mil_train
+from pathme_jax.errors import UserError
+from pathme_jax.files import read_json
+from pathme_jax.mil import crossval
+from pathme_jax.mil.run import run
+from pathme_jax.records.features import coordinate_attrs, write_features
+
+# One shape for nearly all tests, so that the step is compiled once a process.
+QUICK = {"epochs": 12, "folds": 2, "learning_rate": 5e-3, "hidden": 16, "attention": 8}
+
+
+def make_cohort(folder, cases=14, per_case=2, d=6, recipe="12345678", signal=5.0, classes=2):
+    rng = np.random.default_rng(0)
+    lines = ["case_id,slide_id,y"]
+    colours = ["slide_id,r,g,b"]
+    for i in range(cases * per_case):
+        case, slide = i // per_case, f"s{i:02}"
+        grid = np.argwhere(np.ones((5, 6)))[: 30 - i % 4]
+        x = rng.normal(size=(len(grid), d)).astype(np.float32)
+        x[:4, case % classes] += signal
+        attrs = coordinate_attrs(slide_id=slide, mpp=0.5, slide_mpp=0.5, level0_size=(4096, 4096))
+        write_features(
+            folder / "features" / f"{slide}.h5",
+            features=x,
+            coords=grid[:, ::-1] * 256,
+            grid=grid,
+            attrs=attrs | {"encoder": "fake", "recipe": recipe},
+        )
+        lines.append(f"c{case},{slide},{'abc'[case % classes]}")
+        colours.append(f"{slide},{rng.random()},{rng.random()},{rng.random()}")
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+    (folder / "colour.csv").write_text("\n".join(colours) + "\n")
+    return folder
+
+
+def quick(folder, out="out", **more):
+    return run(folder / "features", folder / "labels.csv", "y", folder / out, **(QUICK | more))
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    return make_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(scope="module")
+def found(cohort):
+    return quick(cohort, colour=cohort / "colour.csv", name="20x")
+
+
+def rows_of(found, name):
+    with open(f"{found['folder']}/{name}", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_signal_is_found_and_controls_are_not(found):
+    rows = found["rows"]
+    assert rows["abmil"]["auroc"] > 0.9 and rows["mean_pool"]["auroc"] > 0.9
+    assert rows["abmil"]["interval"][0] > 0.5
+    for control in ("shuffled", "mean_colour"):
+        low, high = rows[control]["interval"]
+        assert low <= 0.5 <= high, (control, rows[control])
+    assert found["too_few_to_judge"] and found["cases"] == 14
+    assert found["cases_per_class"] == {"a": 7, "b": 7} and found["folds"] == 2
+
+
+def test_every_slide_is_predicted_once_by_a_model_that_did_not_see_its_patient(found):
+    predictions, cases = rows_of(found, "predictions.csv"), rows_of(found, "cases.csv")
+    assert sorted(row["slide_id"] for row in predictions) == [f"s{i:02}" for i in range(28)]
+    assert len(cases) == 14
+    fold_of = {row["case_id"]: row["fold"] for row in cases}
+    for row in predictions:
+        assert row["fold"] == fold_of[row["case_id"]]
+        assert abs(float(row["score_a"]) + float(row["score_b"]) - 1) < 1e-5
+    one = [float(r["score_b"]) for r in predictions if r["case_id"] == "c3"]
+    (mean,) = [float(r["score_b"]) for r in cases if r["case_id"] == "c3"]
+    assert abs(np.mean(one) - mean) < 2e-6
+
+
+def test_attention_lies_beside_its_coordinates(cohort, found):
+    with (
+        h5py.File(f"{found['folder']}/attention/s05.h5") as file,
+        h5py.File(cohort / "features" / "s05.h5") as source,
+    ):
+        attention = np.asarray(file["attention"])
+        np.testing.assert_array_equal(np.asarray(file["coords"]), np.asarray(source["coords"]))
+        np.testing.assert_array_equal(np.asarray(file["grid"]), np.asarray(source["grid"]))
+        assert file["coords"].attrs["patch_size_level0"] == 256
+        assert set(file) == {"attention", "coords", "grid", "kind"}
+    assert attention.shape == (29,) and abs(attention.sum() - 1) < 1e-4
+
+
+def test_the_history_has_a_loss_per_epoch_and_fold(found):
+    rows = rows_of(found, "history.csv")
+    assert len(rows) == 2 * 12
+    first, last = float(rows[0]["loss"]), float(rows[11]["loss"])
+    assert last < first
+
+
+def test_the_same_command_recomputes_nothing(cohort, found, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("recomputed")
+
+    monkeypatch.setattr(crossval, "evaluate", refuse)
+    assert quick(cohort, colour=cohort / "colour.csv", name="20x") == found
+
+
+def test_another_recipe_goes_beside(tmp_path):
+    make_cohort(tmp_path, cases=4, per_case=1)
+    first = quick(tmp_path, epochs=1)
+    seeded = quick(tmp_path, epochs=1, seed=1)
+    make_cohort(tmp_path, cases=4, per_case=1, recipe="87654321")
+    extracted = quick(tmp_path, epochs=1)
+    (tmp_path / "labels.csv").write_text(
+        "case_id,slide_id,y\nc0,s00,b\nc1,s01,b\nc2,s02,a\nc3,s03,a\n"
+    )
+    relabelled = quick(tmp_path, epochs=1)
+    folders = [each["folder"] for each in (first, seeded, extracted, relabelled)]
+    assert len(set(folders)) == 4
+    assert sorted(p.name for p in (tmp_path / "out" / "y").iterdir()) == sorted(
+        folder.split("/")[-1] for folder in folders
+    )
+
+
+def test_a_run_done_again_from_nothing_is_equal_to_the_byte(tmp_path):
+    make_cohort(tmp_path, cases=6, per_case=1)
+    first = quick(tmp_path, epochs=2)
+    kept = {}
+    for path in sorted(p for p in (tmp_path / "out").rglob("*") if p.suffix in (".json", ".csv")):
+        if path.name != "run.json":
+            kept[path] = path.read_bytes()
+    assert len(kept) == 4
+    shutil.rmtree(tmp_path / "out")
+    assert quick(tmp_path, epochs=2) == first
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_a_run_that_died_leaves_nothing_that_looks_done(tmp_path, monkeypatch):
+    make_cohort(tmp_path, cases=6, per_case=1)
+    with monkeypatch.context() as broken:
+        broken.setattr(crossval, "write_history", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quick(tmp_path, epochs=1)
+    assert list((tmp_path / "out" / "y").iterdir()) == []
+    assert quick(tmp_path, epochs=1)["cases"] == 6
+
+
+def test_case_bags_and_three_classes(tmp_path):
+    make_cohort(tmp_path, cases=9, classes=3)
+    found = quick(tmp_path, bag="case", epochs=30)
+    assert found["classes"] == ["a", "b", "c"]
+    rows = rows_of(found, "predictions.csv")
+    assert len(rows) == 9 and rows[0]["slide_id"].count(";") == 1
+    assert found["rows"]["abmil"]["auroc"] > 0.8
+    with h5py.File(f"{found['folder']}/attention/s00.h5") as file:
+        assert 0 < np.asarray(file["attention"]).sum() < 1  # the case's sum to one
+
+
+def test_the_users_folds_are_used_and_a_leak_is_refused(tmp_path):
+    make_cohort(tmp_path, cases=6, per_case=2)
+    rows = (tmp_path / "labels.csv").read_text().split()
+
+    def split(test_of):
+        lines = [rows[0] + ",fold_0,fold_1"]
+        for i, row in enumerate(rows[1:]):
+            lines.append(row + "".join(",test" if test_of(f, i) else ",train" for f in (0, 1)))
+        (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+
+    split(lambda f, i: (i // 2 < 3) == (f == 0))
+    found = quick(tmp_path, epochs=1)
+    assert found["folds"] == 2 and found["fold_source"] == "fold_0, fold_1"
+    fold = {row["case_id"]: row["fold"] for row in rows_of(found, "cases.csv")}
+    assert fold == {f"c{i}": str(int(i >= 3)) for i in range(6)}
+    split(lambda f, i: i == 3)  # one of two slides of case c1
+    with pytest.raises(UserError, match="patient 'c1' is in both"):
+        quick(tmp_path)
+
+
+def test_slides_left_out_are_listed_and_the_rest_is_judged(tmp_path):
+    make_cohort(tmp_path, cases=6, per_case=1)
+    (tmp_path / "features" / "s05.h5").unlink()
+    shutil.copy(tmp_path / "features" / "s04.h5", tmp_path / "features" / "unlabelled.h5")
+    with open(tmp_path / "labels.csv", "a") as file:
+        file.write("c9,s09,\n")
+    found = quick(tmp_path, epochs=1)
+    assert [problem["slide_id"] for problem in found["problems"]] == ["s05"]
+    assert found["no_label"] == ["unlabelled"] and found["blank_label"] == ["s09"]
+    assert found["slides"] == 5 and found["folds"] == 2
+
+
+def test_no_signal_is_near_one_half_on_average(tmp_path):
+    """Pooled leave-out scores of noise fall below one half; the primary measure must not."""
+    make_cohort(tmp_path, cases=24, per_case=1, signal=0.0)
+    values = []
+    for seed in range(4):
+        rows = quick(tmp_path, seed=seed, epochs=4)["rows"]
+        values += [rows["shuffled"]["auroc"], rows["abmil"]["auroc"]]
+    assert 0.35 < np.mean(values) < 0.65
+
+
+@pytest.mark.parametrize(
+    "labels, words",
+    [
+        ("case_id,slide_id,other\nc0,s00,1\n", ["no column 'y'", "other"]),
+        ("case_id,slide_id,y\nc0,s00,a\nc1,s01,a\n", ["only one class", "'a'"]),
+        ("case_id,slide_id,y\nc0,s00,a\nc1,s01,a\nc2,s02,b\n", ["'b'", "cannot cross-validate"]),
+        ("case_id,slide_id,y\nc0,s00,a\nc0,s00,a\n", ["'s00'", "more than one row"]),
+    ],
+)
+def test_bad_labels_end_with_one_line_and_code_2(tmp_path, capsys, labels, words):
+    make_cohort(tmp_path, cases=3, per_case=1)
+    (tmp_path / "labels.csv").write_text(labels)
+    flags = ["--features", tmp_path / "features", "--labels", tmp_path / "labels.csv"]
+    with pytest.raises(SystemExit) as end:
+        mil_train.main([*map(str, flags), "--task", "y", "--out", str(tmp_path / "out")])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and all(word in line for word in words), line
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.json"))
+
+
+def test_the_launcher_runs_and_says_where(tmp_path, capsys):
+    make_cohort(tmp_path, cases=4, per_case=1)
+    flags = ["--features", tmp_path / "features", "--labels", tmp_path / "labels.csv"]
+    mil_train.main(
+        [*map(str, flags), "--task", "y", "--out", str(tmp_path / "out"), "--epochs", "1"]
+    )
+    said = capsys.readouterr().out
+    assert "4 cases: too few to judge" in said
+    folder = said.strip().splitlines()[-1]
+    assert read_json(f"{folder}/run.json")["recipe"]["settings"]["epochs"] == 1
+
+
+def test_help_needs_neither_jax_nor_numpy():
+    code = (
+        "import sys, pathme_jax.mil_train as m\n"
+        "try: m.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'jax', 'torch', 'tensorflow', 'sklearn'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
