@@ -7,13 +7,15 @@ What is smaller than the paper's recipe: the model, K = 512 prototypes, 4 local 
 translation, Zimmermann 2024) and little blur, because chromatin detail is what a pathologist reads.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
-def get_config(variant: str = "") -> ConfigDict:
+def get_config(variant: str = "") -> Any:
     if variant not in ("", "test"):
         raise ValueError(f"unknown variant {variant!r}; expected nothing or 'test'")
-    config = ConfigDict()
+    config: Any = ConfigDict()
     config.method = "pathme_jax.methods.dinov2:DINOv2"
     config.seed = 0
     config.steps = 150

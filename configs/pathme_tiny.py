@@ -8,13 +8,15 @@ a few dozen regions is too small for a moving centre). The paper's loss weights 
 KoLeo 0.1.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
-def get_config(variant: str = "") -> ConfigDict:
+def get_config(variant: str = "") -> Any:
     if variant not in ("", "test"):
         raise ValueError(f"unknown variant {variant!r}; expected nothing or 'test'")
-    config = ConfigDict()
+    config: Any = ConfigDict()
     config.method = "pathme_jax.methods.pathme:PatHME"
     config.seed = 0
     config.steps = 150

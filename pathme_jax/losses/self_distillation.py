@@ -24,10 +24,9 @@ def sinkhorn(
     """
     q = logits.astype(jnp.float32) / temperature
     q = jnp.where(weight[:, None] > 0, q, -jnp.inf)
-    for _ in range(iterations):
-        q = q - jax.nn.logsumexp(q, axis=0, keepdims=True)
-        row = jax.nn.logsumexp(q, axis=1, keepdims=True)
-        q = q - jnp.where(jnp.isfinite(row), row, 0.0)
+    for axis in (0, 1) * iterations:
+        total = jax.nn.logsumexp(q, axis=axis, keepdims=True)
+        q = q - jnp.where(jnp.isfinite(total), total, 0.0)  # padding rows stay at -inf
     return jnp.exp(q)
 
 
@@ -37,10 +36,10 @@ def centred_softmax(logits: Array, centre: Array, temperature: Array | float) ->
 
 
 def moved_centre(centre: Array, logits: Array, weight: Array, momentum: float = 0.9) -> Array:
-    """c <- m c + (1 - m) mean_batch(t), rows weighted by `weight` (0 for padding)."""
+    """c <- m c + (1 - m) mean_batch(t), rows weighted by `weight` (0 for padding); c if all are 0."""
     logits, weight = logits.reshape(-1, logits.shape[-1]), weight.reshape(-1, 1)
     mean = (logits * weight).sum(0) / jnp.maximum(weight.sum(), 1e-6)
-    return momentum * centre + (1 - momentum) * mean
+    return jnp.where(weight.sum() > 0, momentum * centre + (1 - momentum) * mean, centre)
 
 
 def cross_entropy(student: Array, teacher: Array, temperature: float = 0.1) -> Array:

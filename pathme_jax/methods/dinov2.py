@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
+from pathme_jax.errors import UserError
 from pathme_jax.losses import self_distillation as ssl
 from pathme_jax.models.heads import PrototypeHead
 from pathme_jax.models.transformer import drop_path_factors
 from pathme_jax.models.vit import ViT
-from pathme_jax.training.contract import TRAINED, BatchSpec, EmaOf, Params, Rules
+from pathme_jax.training.contract import TRAINED, BatchSpec, Config, EmaOf, Params, Rules
 from pathme_jax.training.keys import substream
 from pathme_jax.training.schedules import cosine, linear
 from pathme_jax.views.images import Crop, crops, normalise
@@ -30,7 +30,12 @@ MASK_BLOCK = 8  # samples in a logical block of masks
 class DINOv2:
     """Config: batch, model, head, views, loss, steps (see configs/dinov2_tiny.py)."""
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: Config):
+        if config.loss.targets not in ("sinkhorn", "centring"):
+            raise UserError(
+                f"config.loss.targets = {config.loss.targets!r}",
+                'Expected "sinkhorn" or "centring"',
+            )
         self.config = config
         self.batch_spec = BatchSpec(
             record="fields",
@@ -85,18 +90,15 @@ class DINOv2:
     def views(self, batch: Mapping[str, Array], keys: Array) -> dict[str, Array]:
         """ "globals" (2, b, g, g, 3), "locals" (l, b, s, s, 3), "mask" (2, b, n) bool."""
         images = [crops(batch["window"], substream(keys, i), self.crop_kinds[i]) for i in (0, 1)]
-        small = [
-            crops(batch["window"], substream(keys, 2 + i), self.crop_kinds[2])
-            for i in range(self.config.views.local_crops)
-        ]
+        small = jax.vmap(lambda keys: crops(batch["window"], keys, self.crop_kinds[2]))(
+            _numbered(substream(keys, 2), self.config.views.local_crops)
+        )
         counts = self.counts.reshape(-1, 2)  # the two globals of a sample are neighbours in a block
-        masks = [
-            block_masks(substream(keys, 100 + i), counts[:, i], self.mask_grid) for i in (0, 1)
-        ]
+        masks = [block_masks(substream(keys, 3 + i), counts[:, i], self.mask_grid) for i in (0, 1)]
         scale = (tuple(self.config.views.mean), tuple(self.config.views.std))
         return {
             "globals": normalise(jnp.stack(images), *scale),
-            "locals": normalise(jnp.stack(small), *scale),
+            "locals": normalise(small, *scale),
             "mask": jnp.stack(masks).reshape(2, len(keys), -1),
         }
 
@@ -108,48 +110,46 @@ class DINOv2:
         both = views["globals"].reshape(2 * b, *views["globals"].shape[2:])
         mask = views["mask"].reshape(2 * b, -1)
         student, teacher = params["student"], jax.lax.stop_gradient(params["teacher"])
-        keep = [
-            drop_path_factors(substream(keys, i), self.config.model.depth, c.drop_path)
-            for i in range(2 + len(views["locals"]))
-        ]
 
-        def run(weights: Params, images: Array, mask: Array | None, keep: Any) -> dict[str, Array]:
+        def run(
+            weights: Params, images: Array, mask: Array | None = None, keys: Array | None = None
+        ) -> dict[str, Array]:
+            depth = self.config.model.depth
+            keep = None if keys is None else drop_path_factors(keys, depth, c.drop_path)
             return self.backbone.apply({"params": weights["backbone"]}, images, mask, keep)
 
         def project(weights: Params, name: str, x: Array) -> Array:
             return self.head.apply({"params": weights[name]}, x)
 
-        joined = None if keep[0] is None else jnp.concatenate(keep[:2], -1)
-        seen = run(student, both, mask, joined)
-        known = run(teacher, both, None, None)
-        near = views["locals"].reshape(-1, *views["locals"].shape[2:])
-        joined = None if keep[0] is None else jnp.concatenate(keep[2:], -1)
-        local_cls = run(student, near, None, joined)["cls"]
+        seen = run(student, both, mask, _numbered(substream(keys, 0), 2).reshape(-1))
+        known = jax.lax.stop_gradient(run(teacher, both))
+        n_local = len(views["locals"])
+        near = views["locals"].reshape(n_local * b, *views["locals"].shape[2:])
+        near_keys = _numbered(substream(keys, 1), n_local).reshape(-1)
+        local_cls = run(student, near, None, near_keys)["cls"]
 
         # DINO: masked student CLS, and local CLS, against the other view's unmasked teacher CLS.
         temperature = self.teacher_temperature(step)
-        logits = jax.lax.stop_gradient(project(teacher, "dino", known["cls"]))
+        logits = project(teacher, "dino", known["cls"])
         target = self._targets(logits, aux["dino"], temperature, jnp.ones(2 * b))
         target = target.reshape(2, b, -1)
         own = project(student, "dino", seen["cls"]).reshape(2, b, -1)
-        local = project(student, "dino", local_cls).reshape(-1, b, own.shape[-1])
-        terms = 2 + 2 * len(local)
+        local = project(student, "dino", local_cls).reshape(n_local, 1, b, target.shape[-1])
+        terms = 2 + 2 * n_local
         global_dino = sum(ssl.cross_entropy(own[i], target[1 - i]).mean() for i in (0, 1)) / terms
-        local_dino = ssl.cross_entropy(local[:, None], target[None]).mean((2,)).sum() / terms
+        local_dino = ssl.cross_entropy(local, target).mean(-1).sum() / terms
 
-        # iBOT: every masked patch against the teacher's patch; each image weighs 1.
+        # iBOT: every masked patch against the teacher's patch; a masked image's weights sum to 1, and
+        # the mean is over all images, as in DINOv2's code.
         total = int(self.counts.sum())
         at = jnp.nonzero(mask.reshape(-1), size=total)[0]
-        per_image = jnp.asarray(np.maximum(_by_view(self.counts), 1))
-        weight = (1.0 / per_image)[at // mask.shape[1]]
+        weight = 1.0 / mask.sum(1)[at // mask.shape[1]]
         hidden = project(student, "ibot", seen["tokens"].reshape(-1, seen["tokens"].shape[-1])[at])
-        truth = jax.lax.stop_gradient(
-            project(teacher, "ibot", known["tokens"].reshape(-1, known["tokens"].shape[-1])[at])
-        )
+        truth = project(teacher, "ibot", known["tokens"].reshape(-1, known["tokens"].shape[-1])[at])
         patch_target = self._targets(truth, aux["ibot"], temperature, jnp.ones(total))
-        ibot = (ssl.cross_entropy(hidden, patch_target) * weight).sum() / (self.counts > 0).sum()
+        ibot = (ssl.cross_entropy(hidden, patch_target) * weight).sum() / (2 * b)
 
-        koleo = sum(ssl.koleo(x) for x in seen["cls"].reshape(2, b, -1)) / 2
+        koleo = sum(ssl.koleo(x) for x in seen["cls"].reshape(2, b, -1))
         loss = c.dino * (global_dino + local_dino) + c.ibot * ibot + c.koleo * koleo
         metrics = {
             "loss/dino_global": global_dino,
@@ -189,6 +189,6 @@ class DINOv2:
         return jnp.concatenate([out["cls"], out["tokens"].mean(1)], -1)
 
 
-def _by_view(counts: np.ndarray) -> np.ndarray:
-    """Counts of neighbouring pairs (2b,) in the (view, sample) order of the flattened batch."""
-    return counts.reshape(-1, 2).T.reshape(-1)
+def _numbered(keys: Array, count: int) -> Array:
+    """(b,) keys to (count, b) others."""
+    return jax.vmap(lambda number: substream(keys, number))(jnp.arange(count))

@@ -16,21 +16,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
+from pathme_jax.errors import UserError
 from pathme_jax.losses import self_distillation as ssl
 from pathme_jax.losses.features import cosine_distance, effective_rank
 from pathme_jax.models.heads import PrototypeHead
-from pathme_jax.models.region import COARSE, HMSA, RegionEncoder, children_of
+from pathme_jax.models.region import COARSE, FINE, HMSA, RegionEncoder, children_of
 from pathme_jax.models.transformer import drop_path_factors
-from pathme_jax.training.contract import TRAINED, BatchSpec, EmaOf, Params, Rules
+from pathme_jax.training.contract import TRAINED, BatchSpec, Config, EmaOf, Params, Rules
 from pathme_jax.training.keys import substream
 from pathme_jax.training.schedules import cosine, linear
 from pathme_jax.views.masks import block_masks, mask_counts
 
 Array = jax.Array
 SCALES = ("fine", "coarse")  # 20x and 5x where the finest magnification is 20x
-CROPS = {"fine": 6, "coarse": 3}  # side of a local crop, in tiles
+SIDE = {"fine": FINE, "coarse": COARSE}  # tiles along a region's side
+CROPS = {"fine": 6, "coarse": 3}  # and along a local crop's
 SPATIAL, PROMPT = 0, 1
 MASK_BLOCK = 4
 
@@ -38,7 +39,12 @@ MASK_BLOCK = 4
 class PatHME:
     """Config: columns, batch, model, hmsa, head, views, loss, ema, steps (see configs/pathme_tiny.py)."""
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: Config):
+        if config.loss.targets not in ("sinkhorn", "centring"):
+            raise UserError(
+                f"config.loss.targets = {config.loss.targets!r}",
+                'Expected "sinkhorn" or "centring"',
+            )
         self.config = config
         self.experts = sorted(config.columns.experts)
         self.batch_spec = BatchSpec(
@@ -55,7 +61,7 @@ class PatHME:
         self.head = PrototypeHead(**config.head)
         self.counts = {
             scale: mask_counts(config.batch.samples, side**2, (0.1, 0.5), 0.5, MASK_BLOCK)
-            for scale, side in (("fine", 16), ("coarse", 4))
+            for scale, side in SIDE.items()
         }
         self.momentum = cosine(config.ema.start, config.ema.end, config.steps)
         self.teacher_temperature = linear(
@@ -67,23 +73,22 @@ class PatHME:
     # ---- parameters ------------------------------------------------------------------------------
 
     def init(self, key: Array, shapes: Mapping[str, Any]) -> tuple[Params, dict[str, Array]]:
+        self._check_columns(shapes)
         keys = jax.random.split(key, 4)
-        grid = {s: jnp.zeros((1, *shapes[s].shape[1:])) for s in SCALES}
-        valid = {s: jnp.ones(grid[s].shape[:3], bool) for s in SCALES}
+        grid = jnp.zeros((1, *shapes["coarse"].shape[1:]))
+        valid = jnp.ones(grid.shape[:3], bool)
         width = self.config.model.width
-        encoder = self.encoder.init(
-            keys[0], grid["coarse"], valid["coarse"], valid["coarse"], method="coarse"
-        )["params"]
-        token = jnp.zeros((1, 16, width))
+        encoder = self.encoder.init(keys[0], grid, valid, valid, method="coarse")["params"]
+        token = jnp.zeros((1, COARSE**2, width))
         student = {
             "encoder": encoder,
             "head": self.head.init(keys[1], jnp.zeros((1, width)))["params"],
             "hmsa": self.hmsa.init(
                 keys[2],
                 token,
-                token[:, : self.config.model.prompts],
-                jnp.zeros((1, 256, width)),
-                jnp.ones((1, 256), bool),
+                jnp.zeros((1, self.config.model.prompts, width)),
+                jnp.zeros((1, FINE**2, width)),
+                jnp.ones((1, FINE**2), bool),
             )["params"],
         }
         params: Params = {"student": student, "teacher": student}
@@ -94,6 +99,22 @@ class PatHME:
             )["params"]
         centre = jnp.zeros((self.config.head.prototypes,))
         return params, {name: centre for name in ("dino", "ibot_fine", "ibot_coarse")}
+
+    def _check_columns(self, shapes: Mapping[str, Any]) -> None:
+        for alias, column in self.batch_spec.columns.items():
+            side = SIDE["coarse" if alias == "coarse" else "fine"]
+            if shapes[alias].shape[1:3] != (side, side):
+                raise UserError(
+                    f"config.columns.{alias.replace('/', '.')}={column} has {shapes[alias].shape[1]} tiles"
+                    f" a region side, expected {side}",
+                    "fine and experts are at the finest magnification, coarse is four times coarser",
+                )
+        widths = {scale: shapes[scale].shape[-1] for scale in SCALES}
+        if widths["fine"] != widths["coarse"]:
+            raise UserError(
+                f"config.columns.fine and .coarse are {widths['fine']} and {widths['coarse']} wide",
+                "One encoder must have made both: they share the first layer",
+            )
 
     @property
     def roles(self) -> Rules:
@@ -108,22 +129,18 @@ class PatHME:
     def views(self, batch: Mapping[str, Array], keys: Array) -> dict[str, Any]:
         """Whole grids with validity, masks for the student, spatial local crops of both scales.
 
-        A local crop of a scale is (l, b, s, s, f) with its validity beside it.
+        The local crops of a scale are (l, b, s, s, f) with their validity beside them.
         """
-        views: dict[str, Any] = {k: v for k, v in batch.items()}
+        views: dict[str, Any] = dict(batch)
         for i, scale in enumerate(SCALES):
-            side = batch[scale].shape[1]
+            grid, valid = batch[scale], batch[f"{scale}_valid"]
+            where = _numbered(substream(keys, 2 + i), self.config.views.local_crops)
             views[f"{scale}_mask"] = block_masks(
-                substream(keys, 10 + i), self.counts[scale], (side, side)
+                substream(keys, i), self.counts[scale], (SIDE[scale], SIDE[scale])
             )
-            views[f"{scale}_local"], views[f"{scale}_local_valid"] = jax.vmap(
-                lambda n, scale=scale, i=i: _local(
-                    batch[scale],
-                    batch[f"{scale}_valid"],
-                    jax.vmap(lambda k: jax.random.fold_in(k, n))(substream(keys, 20 + i)),
-                    CROPS[scale],
-                )
-            )(jnp.arange(self.config.views.local_crops))
+            views[f"{scale}_local"], views[f"{scale}_local_valid"] = _cut(
+                grid, valid, where, CROPS[scale]
+            )
         return views
 
     # ---- losses ----------------------------------------------------------------------------------
@@ -134,133 +151,105 @@ class PatHME:
         student, teacher = params["student"], jax.lax.stop_gradient(params["teacher"])
         seen = self._grids(student, views, masked=True, keys=keys)
         known = jax.lax.stop_gradient(self._grids(teacher, views, masked=False, keys=None))
-        terms, metrics, aux = self._self_distillation(
-            student, teacher, seen, known, views, aux, keys, self.teacher_temperature(step)
-        )
+        temperature = self.teacher_temperature(step)
+        b, crops = len(views["fine"]), self.config.views.local_crops
+
+        # PMSD, DINO: each student scale against each teacher scale, whole grids and local crops.
+        logits = jnp.concatenate([self._project(teacher, known[s]["cls"]) for s in SCALES])
+        target = self._targets(logits, aux["dino"], temperature, jnp.ones(2 * b))
+        target = target.reshape(2, b, -1)
+        centres = {"dino": ssl.moved_centre(aux["dino"], logits, jnp.ones(2 * b))}
+        pairs = {}  # "dino/<student scale>_to_<teacher scale>"
+        for scale in SCALES:
+            own = self._project(student, seen[scale]["cls"])
+            for j, other in enumerate(SCALES):
+                pairs[f"dino/{scale}_to_{other}"] = ssl.cross_entropy(own, target[j]).mean()
+        terms = {
+            "dino_global": sum(pairs.values()) / (1 + crops),
+            "dino_local": self._local_dino(student, views, target, keys) / (1 + crops),
+            "ibot": jnp.zeros(()),
+            "koleo": sum(ssl.koleo(seen[scale]["cls"]) for scale in SCALES),
+        }
+
+        # PMSD, iBOT: the masked tokens of a scale against the teacher's, averaged over regions.
+        for scale in SCALES:
+            at, weight = self._masked(views, scale)
+            hidden = self._project(student, _rows(seen[scale]["tokens"])[at])
+            truth = self._project(teacher, _rows(known[scale]["tokens"])[at])
+            centre = aux[f"ibot_{scale}"]
+            goal = self._targets(truth, centre, temperature, weight)
+            terms["ibot"] += (ssl.cross_entropy(hidden, goal) * weight).sum() / b
+            there = (weight > 0).astype(jnp.float32)
+            centres[f"ibot_{scale}"] = ssl.moved_centre(centre, truth, there)
+
         terms["mekd"] = self._experts(params, seen, views)
         terms["hmsa"], ranks = self._multi_scale(student, teacher, seen, known, views, keys)
+
         total = sum(self.config.loss[name] * value for name, value in terms.items())
-        metrics |= {f"loss/{name}": value for name, value in terms.items()}
-        return total, ({**metrics, **ranks, "ema_momentum": self.momentum(step)}, aux)
+        cls = known["coarse"]["cls"]
+        metrics = {
+            **{f"loss/{name}": value for name, value in terms.items()},
+            **pairs,
+            **ranks,
+            "teacher_entropy": ssl.entropy(target),
+            "prototype_usage": ssl.usage(target, jnp.ones((2, b))),
+            "feature_std": (cls / jnp.linalg.norm(cls, axis=-1, keepdims=True)).std(0).mean()
+            * np.sqrt(cls.shape[-1]),
+            "ema_momentum": self.momentum(step),
+        }
+        return total, (metrics, centres)
 
     def _grids(self, weights: Params, views: Any, *, masked: bool, keys: Any) -> dict[str, Any]:
         """Both whole grids through the encoder: the student's masked, the teacher's not."""
         out = {}
         for i, scale in enumerate(SCALES):
-            mask = views[f"{scale}_mask"] if masked else None
-            keep = None
-            if keys is not None:
-                rate = self.config.loss.drop_path
-                keep = drop_path_factors(substream(keys, i), self.config.model.depth, rate)
             out[scale] = self.encoder.apply(
                 {"params": weights["encoder"]},
                 views[scale],
                 views[f"{scale}_valid"],
-                mask,
-                keep,
+                views[f"{scale}_mask"] if masked else None,
+                None if keys is None else self._keep(substream(keys, i)),
                 method=scale,
             )
         return out
 
-    def _self_distillation(
-        self,
-        student: Params,
-        teacher: Params,
-        seen: Any,
-        known: Any,
-        views: Any,
-        aux: dict[str, Array],
-        keys: Array,
-        temperature: Array,
-    ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
-        """PMSD: DINO over all four (student scale, teacher scale) pairs, iBOT and KoLeo per scale."""
+    def _keep(self, keys: Array) -> Array | None:
+        return drop_path_factors(keys, self.config.model.depth, self.config.loss.drop_path)
 
-        def project(weights: Params, x: Array) -> Array:
-            return self.head.apply({"params": weights["head"]}, x)
+    def _project(self, weights: Params, x: Array) -> Array:
+        return self.head.apply({"params": weights["head"]}, x)
 
-        b, crops = len(views["fine"]), self.config.views.local_crops
-        logits = jnp.stack([project(teacher, known[s]["cls"]) for s in SCALES])
-        target = self._targets(logits.reshape(2 * b, -1), aux["dino"], temperature, jnp.ones(2 * b))
-        target = target.reshape(2, b, -1)
-
-        pairs = {}
-        local_sum = jnp.zeros(())
+    def _local_dino(self, student: Params, views: Any, target: Array, keys: Array) -> Array:
+        """Local crops, without prompts, against both teacher scales (2, b, k): the sum over crops of
+        their means over regions. A crop without tissue does not count."""
+        value = jnp.zeros(())
         for i, scale in enumerate(SCALES):
-            own = project(student, seen[scale]["cls"])
-            for j, other in enumerate(SCALES):
-                pairs[f"{scale}_to_{other}"] = ssl.cross_entropy(own, target[j]).mean()
-            local = views[f"{scale}_local"].reshape(crops * b, *views[f"{scale}_local"].shape[2:])
-            valid = views[f"{scale}_local_valid"].reshape(local.shape[:3])
-            keep = drop_path_factors(
-                jnp.concatenate([substream(keys, 40 + 20 * i + n) for n in range(crops)]),
-                self.config.model.depth,
-                self.config.loss.drop_path,
-            )
+            grids, valid = views[f"{scale}_local"], views[f"{scale}_local_valid"]
+            crops, b = valid.shape[:2]
             cls = self.encoder.apply(
-                {"params": student["encoder"]}, local, valid, None, keep, method="fine"
+                {"params": student["encoder"]},
+                grids.reshape(crops * b, *grids.shape[2:]),
+                valid.reshape(crops * b, *valid.shape[2:]),
+                None,
+                self._keep(_numbered(substream(keys, 2 + i), crops).reshape(-1)),
+                method="fine",
             )["cls"]
-            there = valid.any((1, 2)).reshape(crops, b).astype(jnp.float32)
-            each = ssl.cross_entropy(
-                project(student, cls).reshape(crops, 1, b, -1), target[None]
-            ).sum(1)
-            local_sum += crops * (each * there).sum() / jnp.maximum(there.sum(), 1.0)
+            logits = self._project(student, cls).reshape(crops, 1, b, target.shape[-1])
+            each = ssl.cross_entropy(logits, target).sum(1)
+            there = valid.any((2, 3)).astype(jnp.float32)
+            value += crops * (each * there).sum() / jnp.maximum(there.sum(), 1.0)
+        return value
 
-        terms = {
-            "dino_global": sum(pairs.values()) / (1 + crops),
-            "dino_local": local_sum / (1 + crops),
-        }
-        centres = {"dino": ssl.moved_centre(aux["dino"], logits, jnp.ones((2, b)))}
-        ibot, spread = jnp.zeros(()), jnp.zeros(())
-        for scale in SCALES:
-            value, centres[f"ibot_{scale}"] = self._masked_tokens(
-                project,
-                student,
-                teacher,
-                seen[scale],
-                known[scale],
-                views,
-                scale,
-                aux[f"ibot_{scale}"],
-                temperature,
-            )
-            ibot += value
-            spread += ssl.koleo(seen[scale]["cls"])
-        terms |= {"ibot": ibot, "koleo": spread}
-        cls = known["coarse"]["cls"]
-        metrics = {f"dino/{name}": value for name, value in pairs.items()}
-        metrics |= {
-            "teacher_entropy": ssl.entropy(target),
-            "prototype_usage": ssl.usage(target, jnp.ones((2, b))),
-            "feature_std": (cls / jnp.linalg.norm(cls, axis=-1, keepdims=True)).std(0).mean()
-            * np.sqrt(cls.shape[-1]),
-        }
-        return terms, metrics, centres
+    def _masked(self, views: Any, scale: str) -> tuple[Array, Array]:
+        """Rows of the flattened (b * n) tokens that are masked, and each one's weight.
 
-    def _masked_tokens(
-        self,
-        project: Any,
-        student: Params,
-        teacher: Params,
-        seen: Any,
-        known: Any,
-        views: Any,
-        scale: str,
-        centre: Array,
-        temperature: Array,
-    ) -> tuple[Array, Array]:
-        """iBOT of one scale: masked tokens that are tissue, each region weighing 1."""
+        A region's weights sum to 1 over its masked tissue; a masked cell without tissue has 0.
+        """
         mask = views[f"{scale}_mask"].reshape(len(views[scale]), -1)
-        real = views[f"{scale}_valid"].reshape(mask.shape)
+        tissue = views[f"{scale}_valid"].reshape(mask.shape)
         at = jnp.nonzero(mask.reshape(-1), size=int(self.counts[scale].sum()))[0]
-        counted = (mask & real).sum(1)
-        weight = real.reshape(-1)[at].astype(jnp.float32)
-        width = seen["tokens"].shape[-1]
-        hidden = project(student, seen["tokens"].reshape(-1, width)[at])
-        truth = project(teacher, known["tokens"].reshape(-1, width)[at])
-        target = self._targets(truth, centre, temperature, weight)
-        share = weight / jnp.maximum(counted, 1)[at // mask.shape[1]]
-        value = (ssl.cross_entropy(hidden, target) * share).sum()
-        return value / jnp.maximum((counted > 0).sum(), 1), ssl.moved_centre(centre, truth, weight)
+        counted = jnp.maximum((mask & tissue).sum(1), 1)
+        return at, tissue.reshape(-1)[at] / counted[at // mask.shape[1]]
 
     def _targets(self, logits: Array, centre: Array, temperature: Array, weight: Array) -> Array:
         if self.config.loss.targets == "sinkhorn":
@@ -284,7 +273,7 @@ class PatHME:
         self, student: Params, teacher: Params, seen: Any, known: Any, views: Any, keys: Array
     ) -> tuple[Array, dict[str, Array]]:
         """HMSA: (1 - mean cos(MS_student, MS_teacher)) / 0.1, and the ranks that show a collapse."""
-        tokens = self._tokens(student["hmsa"], seen, views, substream(keys, 90))
+        tokens = self._tokens(student["hmsa"], seen, views, substream(keys, 4))
         goal = jax.lax.stop_gradient(self._tokens(teacher["hmsa"], known, views, None))
         weight = self._token_valid(views).astype(jnp.float32)
         value = cosine_distance(tokens, goal, weight) / 0.1
@@ -333,14 +322,24 @@ class PatHME:
         }
 
 
-def _local(grid: Array, valid: Array, keys: Array, side: int) -> tuple[Array, Array]:
-    """One spatial crop a sample: (b, h, w, f), (b, h, w) to (b, side, side, f), (b, side, side)."""
+def _rows(x: Array) -> Array:
+    """(b, n, d) to (b * n, d)."""
+    return x.reshape(-1, x.shape[-1])
 
-    def cut(values: Array, there: Array, key: Array) -> tuple[Array, Array]:
+
+def _numbered(keys: Array, count: int) -> Array:
+    """(b,) keys to (count, b) others."""
+    return jax.vmap(lambda number: substream(keys, number))(jnp.arange(count))
+
+
+def _cut(grid: Array, valid: Array, keys: Array, side: int) -> tuple[Array, Array]:
+    """Spatial crops, one a key: (b, h, w, f), (b, h, w), (l, b) to (l, b, side, side, f) and (l, b, side, side)."""
+
+    def one(values: Array, there: Array, key: Array) -> tuple[Array, Array]:
         at = jax.random.randint(key, (2,), 0, grid.shape[1] - side + 1)
         return (
             jax.lax.dynamic_slice(values, (*at, 0), (side, side, values.shape[-1])),
             jax.lax.dynamic_slice(there, tuple(at), (side, side)),
         )
 
-    return jax.vmap(cut)(grid, valid, keys)
+    return jax.vmap(jax.vmap(one), (None, None, 0))(grid, valid, keys)

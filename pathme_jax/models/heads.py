@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pathme_jax.models.transformer import trunc_normal
+from pathme_jax.models.transformer import fan_in_normal, trunc_normal
 
 Array = jax.Array
 
@@ -29,9 +29,9 @@ class PrototypeHead(nn.Module):
         """x: (..., d) to logits (..., prototypes) in fp32, each a cosine."""
         for i in range(2):
             x = nn.gelu(
-                nn.Dense(self.hidden, kernel_init=trunc_normal, name=f"dense_{i}")(x),
+                nn.Dense(self.hidden, kernel_init=fan_in_normal, name=f"dense_{i}")(x),
                 approximate=False,
             )
-        x = unit(nn.Dense(self.bottleneck, kernel_init=trunc_normal, name="bottleneck")(x))
+        x = unit(nn.Dense(self.bottleneck, kernel_init=fan_in_normal, name="bottleneck")(x))
         kernel = self.param("prototypes", trunc_normal, (self.bottleneck, self.prototypes))
         return x @ unit(kernel, axis=0)

@@ -11,7 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from pathme_jax.models.heads import unit
-from pathme_jax.models.transformer import Block, attend, resize_positions, trunc_normal
+from pathme_jax.models.transformer import (
+    Block,
+    attend,
+    fan_in_normal,
+    resize_positions,
+    trunc_normal,
+)
 
 Array = jax.Array
 
@@ -34,11 +40,10 @@ class RegionEncoder(nn.Module):
     prompts: int = 10
 
     def setup(self) -> None:
-        self.embed = nn.Dense(self.width, kernel_init=trunc_normal)
-        self.cls_token = self.param("cls_token", nn.initializers.normal(1e-6), (self.width,))
+        self.embed = nn.Dense(self.width, kernel_init=fan_in_normal)
+        self.cls_token = self.param("cls_token", trunc_normal, (self.width,))
         self.mask_token = self.param("mask_token", nn.initializers.zeros, (self.width,))
         self.positions = self.param("positions", trunc_normal, (FINE, FINE, self.width))
-        self.cls_position = self.param("cls_position", trunc_normal, (self.width,))
         self.deep_prompts = self.param(
             "prompts", nn.initializers.normal(1e-6), (self.depth, self.prompts, self.width)
         )
@@ -69,16 +74,13 @@ class RegionEncoder(nn.Module):
         x, seen = self._embed(grid, valid, mask)
         b = len(x)
         seen = jnp.concatenate([seen[:, :1], jnp.ones((b, self.prompts), bool), seen[:, 1:]], 1)
-        prompts = x[:, :0]
+        cls, prompts, tokens = x[:, :1], x[:, :0], x[:, 1:]
         for i, block in enumerate(self.blocks):
             fresh = jnp.broadcast_to(self.deep_prompts[i], (b, self.prompts, self.width))
-            x = jnp.concatenate([x[:, :1], fresh, x[:, 1:]], 1)
+            x = jnp.concatenate([cls, fresh, tokens], 1)
             x = block(x, seen, None if keep is None else keep[i])
-            prompts, x = (
-                x[:, 1 : 1 + self.prompts],
-                jnp.concatenate([x[:, :1], x[:, 1 + self.prompts :]], 1),
-            )
-        return {**self._read(x), "prompts": prompts}
+            cls, prompts, tokens = jnp.split(x, (1, 1 + self.prompts), 1)
+        return {**self._read(jnp.concatenate([cls, tokens], 1)), "prompts": prompts}
 
     def _embed(self, grid: Array, valid: Array, mask: Array | None) -> tuple[Array, Array]:
         b, h, w, _ = grid.shape
@@ -86,7 +88,7 @@ class RegionEncoder(nn.Module):
         if mask is not None:
             x = jnp.where(mask[..., None], self.mask_token, x)
         x = (x + resize_positions(self.positions, (h, w))).reshape(b, h * w, self.width)
-        cls = jnp.broadcast_to(self.cls_token + self.cls_position, (b, 1, self.width))
+        cls = jnp.broadcast_to(self.cls_token, (b, 1, self.width))
         seen = jnp.concatenate([jnp.ones((b, 1), bool), valid.reshape(b, h * w)], 1)
         return jnp.concatenate([cls, x], 1), seen
 
@@ -121,14 +123,14 @@ class CrossLayer(nn.Module):
     def __call__(self, query: Array, fine: Array, seen: Array, drop: Array | None) -> Array:
         """query: (b, n, d). fine: (b, m, d). seen: (b, n, m) bool. drop: (b, n, d) factors."""
         b, n, d = query.shape
-        key = unit(nn.Dense(d, kernel_init=trunc_normal, name="fine")(fine))
+        key = unit(nn.Dense(d, kernel_init=fan_in_normal, name="fine")(fine))
 
         def split(x: Array, name: str) -> Array:
-            x = nn.Dense(d, kernel_init=trunc_normal, name=name)(x)
+            x = nn.Dense(d, kernel_init=fan_in_normal, name=name)(x)
             return x.reshape(b, -1, self.heads, d // self.heads)
 
         mixed = attend(split(unit(query), "query"), split(key, "key"), split(key, "value"), seen)
-        out = nn.Dense(d, kernel_init=trunc_normal, name="out")(mixed.reshape(b, n, d))
+        out = nn.Dense(d, kernel_init=fan_in_normal, name="out")(mixed.reshape(b, n, d))
         if drop is not None:
             out = out * drop
         return nn.LayerNorm(epsilon=1e-6, name="norm")(query + out)

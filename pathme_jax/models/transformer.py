@@ -16,6 +16,9 @@ Array = jax.Array
 Dtype = Any
 
 trunc_normal = nn.initializers.truncated_normal(0.02)
+# DINOv2 draws every matrix at 0.02, which suits inputs 1024 wide. This is 0.02 there, and keeps the
+# signal of narrow models alive: at width 96, a fixed 0.02 shrinks it fivefold a layer.
+fan_in_normal = nn.initializers.variance_scaling(0.41, "fan_in", "truncated_normal")
 
 
 def attend(query: Array, key: Array, value: Array, valid: Array | None) -> Array:
@@ -49,10 +52,10 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, valid: Array | None) -> Array:
         b, n, d = x.shape
-        qkv = nn.Dense(3 * d, kernel_init=trunc_normal, dtype=self.dtype, name="qkv")(x)
+        qkv = nn.Dense(3 * d, kernel_init=fan_in_normal, dtype=self.dtype, name="qkv")(x)
         query, key, value = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, d // self.heads), 2, 0)
         mixed = attend(query, key, value, valid).reshape(b, n, d)
-        return nn.Dense(d, kernel_init=trunc_normal, dtype=self.dtype, name="out")(mixed)
+        return nn.Dense(d, kernel_init=fan_in_normal, dtype=self.dtype, name="out")(mixed)
 
 
 class Mlp(nn.Module):
@@ -63,10 +66,10 @@ class Mlp(nn.Module):
     def __call__(self, x: Array) -> Array:
         d = x.shape[-1]
         hidden = nn.Dense(
-            round(d * self.ratio), kernel_init=trunc_normal, dtype=self.dtype, name="up"
+            round(d * self.ratio), kernel_init=fan_in_normal, dtype=self.dtype, name="up"
         )(x)
         hidden = nn.gelu(hidden, approximate=False)
-        return nn.Dense(d, kernel_init=trunc_normal, dtype=self.dtype, name="down")(hidden)
+        return nn.Dense(d, kernel_init=fan_in_normal, dtype=self.dtype, name="down")(hidden)
 
 
 class Block(nn.Module):

@@ -6,7 +6,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pathme_jax.models.transformer import Block, Dtype, resize_positions, trunc_normal
+from pathme_jax.models.transformer import (
+    Block,
+    Dtype,
+    fan_in_normal,
+    resize_positions,
+    trunc_normal,
+)
 
 Array = jax.Array
 
@@ -43,9 +49,9 @@ class ViT(nn.Module):
         rows, columns = h // self.patch, w // self.patch
         # A convolution with stride = kernel is this matrix product, and XLA:CPU is faster at the latter.
         patches = images.reshape(b, rows, self.patch, columns, self.patch, 3)
-        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, rows * columns, -1)
+        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, rows * columns, 3 * self.patch**2)
         tokens = nn.Dense(
-            self.width, kernel_init=trunc_normal, dtype=self.dtype, name="patch_embed"
+            self.width, kernel_init=fan_in_normal, dtype=self.dtype, name="patch_embed"
         )(patches)
         hidden = self.param("mask_token", nn.initializers.zeros, (self.width,))
         if mask is not None:

@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
-import ml_collections
 from flax import traverse_util
 
 from pathme_jax.errors import UserError
 
 Array = jax.Array
+Config = Any  # an ml_collections.ConfigDict: its attributes are known at run time only
 Params = dict[str, Any]  # {"student": …, "teacher": …, …}: plain nested dicts of arrays
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
@@ -105,7 +105,7 @@ class Method(Protocol):
         ...
 
 
-def load_method(config: ml_collections.ConfigDict) -> Method:
+def load_method(config: Config) -> Method:
     """Builds the method a config names as "module:Class"."""
     module, _, name = str(config.method).partition(":")
     try:

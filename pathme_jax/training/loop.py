@@ -12,14 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from pathme_jax.data import pipeline
 from pathme_jax.errors import UserError
 from pathme_jax.files import atomic, digest, provenance, read_json, write_json
 from pathme_jax.training import checkpoints
-from pathme_jax.training.contract import flat, load_method
+from pathme_jax.training.contract import Config, flat, load_method
 from pathme_jax.training.sharding import make_mesh
 from pathme_jax.training.step import build, params_of, saved_part
 
@@ -27,7 +26,7 @@ from pathme_jax.training.step import build, params_of, saved_part
 OPERATIONAL = ("log_every", "checkpoint", "data")
 
 
-def identity(config: ConfigDict, source: Any) -> dict[str, Any]:
+def identity(config: Config, source: Any) -> dict[str, Any]:
     """What decides the result: the config without its operational keys, and the data.
 
     The source's repr names its content by hash, not where it lies.
@@ -36,7 +35,7 @@ def identity(config: ConfigDict, source: Any) -> dict[str, Any]:
     return {"config": what, "data": repr(source)}
 
 
-def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> Path:
+def train(config: Config, workdir: str | Path, *, progress: bool = True) -> Path:
     """Trains `config.method` to `config.steps` steps in `workdir`, resuming what is there.
 
     Returns:
@@ -104,7 +103,7 @@ def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> 
     return workdir
 
 
-def describe(config: ConfigDict) -> str:
+def describe(config: Config) -> str:
     """Parameters by role, the batch, and what the compiled step costs. Trains nothing."""
     method = load_method(config)
     example = next(pipeline.batches(config.data.path, method.batch_spec, seed=config.seed))
@@ -124,7 +123,7 @@ def describe(config: ConfigDict) -> str:
     return "\n".join(lines)
 
 
-def _claim(workdir: Path, config: ConfigDict, what: Mapping[str, Any]) -> None:
+def _claim(workdir: Path, config: Config, what: Mapping[str, Any]) -> None:
     """Writes config.json, or refuses a folder that another run already uses."""
     path = workdir / "config.json"
     if path.exists():

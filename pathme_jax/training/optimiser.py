@@ -8,16 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
-from pathme_jax.training.contract import resolve
+from pathme_jax.training.contract import Config, resolve
 from pathme_jax.training.schedules import cosine
 
 Array = jax.Array
 Flat = dict[str, Array]
 
 
-def make(config: ConfigDict, steps: int, paths: list[str]) -> tuple[Callable, Callable]:
+def make(config: Config, steps: int, paths: list[str]) -> tuple[Callable, Callable]:
     """`init(trained) -> state` and `update(grads, state, trained, step) -> (trained, state, metrics)`.
 
     config: lr, end_lr, warmup, weight_decay, end_weight_decay, b1, b2, clip and the rules

@@ -9,11 +9,19 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from pathme_jax.errors import UserError
 from pathme_jax.training import optimiser
-from pathme_jax.training.contract import FROZEN, TRAINED, EmaOf, Method, flat, nested, resolve
+from pathme_jax.training.contract import (
+    FROZEN,
+    TRAINED,
+    Config,
+    EmaOf,
+    Method,
+    flat,
+    nested,
+    resolve,
+)
 from pathme_jax.training.keys import sample_keys, stream_key
 from pathme_jax.training.sharding import DEFAULT, place
 
@@ -22,7 +30,7 @@ State = dict[str, Any]  # {"trained", "ema", "frozen": flat dicts; "opt", "aux";
 
 
 def build(
-    method: Method, config: ConfigDict, batch: Mapping[str, Any], mesh: Mesh
+    method: Method, config: Config, batch: Mapping[str, Any], mesh: Mesh
 ) -> tuple[State, Callable[[State, Mapping[str, Array]], tuple[State, dict[str, Array]]]]:
     """The initial state, placed on the mesh, and the step function (state is donated).
 

@@ -28,7 +28,7 @@ def mask_counts(
 
 
 def block_masks(keys: Array, counts: Array, shape: tuple[int, int], aspect: float = 0.3) -> Array:
-    """One random rectangle a sample, completed at random (or trimmed) to exactly `counts` tokens.
+    """One random rectangle a sample, trimmed at random to exactly `counts` tokens.
 
     Args:
         keys: (b,) PRNG keys. counts: (b,) int. aspect: height / width in [aspect, 1 / aspect].
@@ -43,8 +43,9 @@ def _mask(key: Array, count: Array, shape: tuple[int, int], aspect: float) -> Ar
     rows, columns = shape
     bend, top, left = jax.random.uniform(key, (3,))
     ratio = jnp.exp((2 * bend - 1) * -jnp.log(aspect))
-    height = jnp.clip(jnp.sqrt(count * ratio), 1, rows)
-    width = jnp.clip(count / height, 1, columns)
+    # The smallest whole rectangle of about that shape that fits the grid and holds `count` tokens.
+    height = jnp.ceil(jnp.clip(jnp.sqrt(count * ratio), jnp.maximum(count / columns, 1), rows))
+    width = jnp.ceil(count / height)
     y = jnp.arange(rows)[:, None] - jnp.floor(top * (rows - height + 1))
     x = jnp.arange(columns)[None] - jnp.floor(left * (columns - width + 1))
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
