@@ -44,8 +44,8 @@ class Settings:
     cohort: int = 40
     size: int = 4096
     mpp: float = 0.5
-    patch_steps: int = 150
-    region_steps: int = 150
+    patch_steps: int = 120
+    region_steps: int = 100
     seed: int = 0
     workers: int = 2
 

@@ -18,7 +18,7 @@ from pathme_jax.models.heads import PrototypeHead
 from pathme_jax.models.transformer import drop_path_factors
 from pathme_jax.models.vit import ViT
 from pathme_jax.training.contract import TRAINED, BatchSpec, Config, EmaOf, Params, Rules
-from pathme_jax.training.keys import substream
+from pathme_jax.training.keys import substream, substreams
 from pathme_jax.training.schedules import cosine, linear
 from pathme_jax.views.images import Crop, crops, normalise
 from pathme_jax.views.masks import block_masks, mask_counts
@@ -91,7 +91,7 @@ class DINOv2:
         """ "globals" (2, b, g, g, 3), "locals" (l, b, s, s, 3), "mask" (2, b, n) bool."""
         images = [crops(batch["window"], substream(keys, i), self.crop_kinds[i]) for i in (0, 1)]
         small = jax.vmap(lambda keys: crops(batch["window"], keys, self.crop_kinds[2]))(
-            _numbered(substream(keys, 2), self.config.views.local_crops)
+            substreams(substream(keys, 2), self.config.views.local_crops)
         )
         counts = self.counts.reshape(-1, 2)  # the two globals of a sample are neighbours in a block
         masks = [block_masks(substream(keys, 3 + i), counts[:, i], self.mask_grid) for i in (0, 1)]
@@ -121,11 +121,11 @@ class DINOv2:
         def project(weights: Params, name: str, x: Array) -> Array:
             return self.head.apply({"params": weights[name]}, x)
 
-        seen = run(student, both, mask, _numbered(substream(keys, 0), 2).reshape(-1))
+        seen = run(student, both, mask, substreams(substream(keys, 0), 2).reshape(-1))
         known = jax.lax.stop_gradient(run(teacher, both))
         n_local = len(views["locals"])
         near = views["locals"].reshape(n_local * b, *views["locals"].shape[2:])
-        near_keys = _numbered(substream(keys, 1), n_local).reshape(-1)
+        near_keys = substreams(substream(keys, 1), n_local).reshape(-1)
         local_cls = run(student, near, None, near_keys)["cls"]
 
         # DINO: masked student CLS, and local CLS, against the other view's unmasked teacher CLS.
@@ -179,16 +179,20 @@ class DINOv2:
         return params["teacher"]["backbone"]
 
     def encode(self, product: Params, batch: Mapping[str, Array]) -> Array:
-        """(b, h, w, 3) uint8 to (b, 2 d): the CLS token and the mean patch token."""
-        images = normalise(
-            batch["image"].astype(jnp.float32) / 255,
-            tuple(self.config.views.mean),
-            tuple(self.config.views.std),
-        )
-        out = self.backbone.apply({"params": product}, images)
-        return jnp.concatenate([out["cls"], out["tokens"].mean(1)], -1)
+        """(b, h, w, 3) uint8 to (b, d): the CLS token, averaged over parts of `encode_px` pixels.
 
-
-def _numbered(keys: Array, count: int) -> Array:
-    """(b,) keys to (count, b) others."""
-    return jax.vmap(lambda number: substream(keys, number))(jnp.arange(count))
+        A small model learns on small crops; parts of that size keep it where it was trained, and cost
+        less attention than the whole image. encode_px = 0 encodes the image whole.
+        """
+        images = batch["image"]
+        b, side, px = len(images), images.shape[1], self.config.encode_px or images.shape[1]
+        if side % px or images.shape[2] != side:
+            raise UserError(
+                f"images of {side}x{images.shape[2]} px do not divide into parts of {px} px",
+                "Change config.encode_px",
+            )
+        parts = images.reshape(b, side // px, px, side // px, px, 3).swapaxes(2, 3)
+        parts = parts.reshape(-1, px, px, 3).astype(jnp.float32) / 255
+        parts = normalise(parts, tuple(self.config.views.mean), tuple(self.config.views.std))
+        cls = self.backbone.apply({"params": product}, parts)["cls"]
+        return cls.reshape(b, -1, cls.shape[-1]).mean(1)

@@ -24,7 +24,7 @@ from pathme_jax.models.heads import PrototypeHead
 from pathme_jax.models.region import COARSE, FINE, HMSA, RegionEncoder, children_of
 from pathme_jax.models.transformer import drop_path_factors
 from pathme_jax.training.contract import TRAINED, BatchSpec, Config, EmaOf, Params, Rules
-from pathme_jax.training.keys import substream
+from pathme_jax.training.keys import substream, substreams
 from pathme_jax.training.schedules import cosine, linear
 from pathme_jax.views.masks import block_masks, mask_counts
 
@@ -134,7 +134,7 @@ class PatHME:
         views: dict[str, Any] = dict(batch)
         for i, scale in enumerate(SCALES):
             grid, valid = batch[scale], batch[f"{scale}_valid"]
-            where = _numbered(substream(keys, 2 + i), self.config.views.local_crops)
+            where = substreams(substream(keys, 2 + i), self.config.views.local_crops)
             views[f"{scale}_mask"] = block_masks(
                 substream(keys, i), self.counts[scale], (SIDE[scale], SIDE[scale])
             )
@@ -231,7 +231,7 @@ class PatHME:
                 grids.reshape(crops * b, *grids.shape[2:]),
                 valid.reshape(crops * b, *valid.shape[2:]),
                 None,
-                self._keep(_numbered(substream(keys, 2 + i), crops).reshape(-1)),
+                self._keep(substreams(substream(keys, 2 + i), crops).reshape(-1)),
                 method="fine",
             )["cls"]
             logits = self._project(student, cls).reshape(crops, 1, b, target.shape[-1])
@@ -325,11 +325,6 @@ class PatHME:
 def _rows(x: Array) -> Array:
     """(b, n, d) to (b * n, d)."""
     return x.reshape(-1, x.shape[-1])
-
-
-def _numbered(keys: Array, count: int) -> Array:
-    """(b,) keys to (count, b) others."""
-    return jax.vmap(lambda number: substream(keys, number))(jnp.arange(count))
 
 
 def _cut(grid: Array, valid: Array, keys: Array, side: int) -> tuple[Array, Array]:

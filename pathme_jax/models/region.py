@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pathme_jax.models.heads import unit
 from pathme_jax.models.transformer import (
-    Block,
+    Stack,
     attend,
     fan_in_normal,
     resize_positions,
@@ -47,10 +47,7 @@ class RegionEncoder(nn.Module):
         self.deep_prompts = self.param(
             "prompts", nn.initializers.normal(1e-6), (self.depth, self.prompts, self.width)
         )
-        self.blocks = [
-            Block(self.heads, self.mlp_ratio, self.layer_scale, name=f"block_{i:02}")
-            for i in range(self.depth)
-        ]
+        self.blocks = Stack(self.depth, self.heads, self.mlp_ratio, self.layer_scale)
         self.norm = nn.LayerNorm(epsilon=1e-6)
 
     def fine(
@@ -63,24 +60,20 @@ class RegionEncoder(nn.Module):
             keep: (depth, 2, b) stochastic-depth factors.
         """
         x, seen = self._embed(grid, valid, mask)
-        for i, block in enumerate(self.blocks):
-            x = block(x, seen, None if keep is None else keep[i])
-        return self._read(x)
+        return self._read(self.blocks(x, seen, keep))
 
     def coarse(
         self, grid: Array, valid: Array, mask: Array | None = None, keep: Array | None = None
     ) -> dict[str, Array]:
         """5x features. Each block gets its own prompts; what it made of the last ones is dropped."""
         x, seen = self._embed(grid, valid, mask)
-        b = len(x)
-        seen = jnp.concatenate([seen[:, :1], jnp.ones((b, self.prompts), bool), seen[:, 1:]], 1)
-        cls, prompts, tokens = x[:, :1], x[:, :0], x[:, 1:]
-        for i, block in enumerate(self.blocks):
-            fresh = jnp.broadcast_to(self.deep_prompts[i], (b, self.prompts, self.width))
-            x = jnp.concatenate([cls, fresh, tokens], 1)
-            x = block(x, seen, None if keep is None else keep[i])
-            cls, prompts, tokens = jnp.split(x, (1, 1 + self.prompts), 1)
-        return {**self._read(jnp.concatenate([cls, tokens], 1)), "prompts": prompts}
+        slots = 1 + self.prompts
+        place = jnp.zeros((len(x), self.prompts, self.width), x.dtype)
+        x = jnp.concatenate([x[:, :1], place, x[:, 1:]], 1)
+        seen = jnp.concatenate([seen[:, :1], place[..., 0] == 0, seen[:, 1:]], 1)
+        x = self.blocks(x, seen, keep, self.deep_prompts)
+        tokens = jnp.concatenate([x[:, :1], x[:, slots:]], 1)
+        return {**self._read(tokens), "prompts": x[:, 1:slots]}
 
     def _embed(self, grid: Array, valid: Array, mask: Array | None) -> tuple[Array, Array]:
         b, h, w, _ = grid.shape
@@ -120,9 +113,15 @@ class CrossLayer(nn.Module):
     heads: int = 4
 
     @nn.compact
-    def __call__(self, query: Array, fine: Array, seen: Array, drop: Array | None) -> Array:
-        """query: (b, n, d). fine: (b, m, d). seen: (b, n, m) bool. drop: (b, n, d) factors."""
+    def __call__(
+        self, query: Array, seen: Array, drop: Array | None, fine: Array, fine_valid: Array
+    ) -> tuple[Array, None]:
+        """query: (b, n, d). seen: (n, m) bool. drop: (b, n, d) factors. fine: (b, m, d).
+
+        fine_valid: (b, m) bool.
+        """
         b, n, d = query.shape
+        seen = seen & fine_valid[:, None, :]
         key = unit(nn.Dense(d, kernel_init=fan_in_normal, name="fine")(fine))
 
         def split(x: Array, name: str) -> Array:
@@ -133,7 +132,7 @@ class CrossLayer(nn.Module):
         out = nn.Dense(d, kernel_init=fan_in_normal, name="out")(mixed.reshape(b, n, d))
         if drop is not None:
             out = out * drop
-        return nn.LayerNorm(epsilon=1e-6, name="norm")(query + out)
+        return nn.LayerNorm(epsilon=1e-6, name="norm")(query + out), None
 
 
 class HMSA(nn.Module):
@@ -165,18 +164,21 @@ class HMSA(nn.Module):
             (b, 16 + p, d) multi-scale tokens, coarse first.
         """
         query = jnp.concatenate([coarse, prompts], 1)
-        b, n, d = query.shape
-        everything = jnp.broadcast_to(fine_valid[:, None, :], (b, n, fine.shape[1]))
+        _, n, d = query.shape
         own = jnp.concatenate([child_mask(), jnp.ones((prompts.shape[1], FINE**2), bool)])
         layers = self.local_layers + self.global_layers
-        drop = [None] * layers
+        seen = own | (jnp.arange(layers) >= self.local_layers)[:, None, None]
+        drop = None
         if keys is not None and self.dropout:
             kept = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - self.dropout, (layers, n, d)))(
                 keys
             )
             drop = jnp.moveaxis(kept.astype(query.dtype) / (1 - self.dropout), 1, 0)
-        for i in range(layers):
-            seen = everything & own if i < self.local_layers else everything
-            name = f"local_{i}" if i < self.local_layers else f"global_{i - self.local_layers}"
-            query = CrossLayer(self.heads, name=name)(query, fine, seen, drop[i])
-        return query
+        stack = nn.scan(
+            CrossLayer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),
+            length=layers,
+        )(self.heads, name="layers")
+        return stack(query, seen, drop, fine, fine_valid)[0]

@@ -101,6 +101,53 @@ class Block(nn.Module):
         return x
 
 
+class Stack(nn.Module):
+    """`depth` blocks as one scan: compiled once, whatever the depth. Parameters get a leading layer axis.
+
+    Each layer starts by replacing tokens 1 … p with its own prompts (Jia 2022, "deep"), so what earlier
+    layers made of theirs is dropped; with p = 0 this is a plain transformer.
+    """
+
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+    layer_scale: float = 1e-5
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Array, valid: Array | None, keep: Array | None, prompts: Array | None = None
+    ) -> Array:
+        """x: (b, 1 + p + n, d). valid: (b, 1 + p + n) bool. keep: (depth, 2, b). prompts: (depth, p, d)."""
+        if prompts is None:
+            prompts = jnp.zeros((self.depth, 0, x.shape[-1]), x.dtype)
+        layers = nn.scan(
+            _Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast),
+            length=self.depth,
+        )(self.heads, self.mlp_ratio, self.layer_scale, self.dtype, name="layers")
+        return layers(x, prompts, keep, valid)[0]
+
+
+class _Layer(nn.Module):
+    heads: int
+    mlp_ratio: float
+    layer_scale: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Array, prompts: Array, keep: Array | None, valid: Array | None
+    ) -> tuple[Array, None]:
+        count, width = prompts.shape
+        fresh = jnp.broadcast_to(prompts.astype(x.dtype), (len(x), count, width))
+        x = jnp.concatenate([x[:, :1], fresh, x[:, 1 + count :]], 1)
+        block = Block(self.heads, self.mlp_ratio, self.layer_scale, self.dtype, name="block")
+        return block(x, valid, keep), None
+
+
 def drop_path_factors(keys: Array, depth: int, rate: float) -> Array | None:
     """Stochastic depth (Huang 2016), drawn per sample: 0 with probability `rate`, else 1/(1-rate).
 

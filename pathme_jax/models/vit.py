@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from pathme_jax.models.transformer import (
-    Block,
     Dtype,
+    Stack,
     fan_in_normal,
     resize_positions,
     trunc_normal,
@@ -68,9 +68,8 @@ class ViT(nn.Module):
             lead = jnp.concatenate([lead, extra])
         lead = jnp.broadcast_to(lead.astype(tokens.dtype), (b, *lead.shape))
         x = jnp.concatenate([lead, tokens], 1)
-        for i in range(self.depth):
-            x = Block(
-                self.heads, self.mlp_ratio, self.layer_scale, self.dtype, name=f"block_{i:02}"
-            )(x, None, None if keep is None else keep[i])
+        x = Stack(
+            self.depth, self.heads, self.mlp_ratio, self.layer_scale, self.dtype, name="blocks"
+        )(x, None, keep)
         x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
         return {"cls": x[:, 0], "tokens": x[:, 1 + self.registers :]}

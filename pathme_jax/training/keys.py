@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 
 import jax
+import jax.numpy as jnp
 
 Array = jax.Array
 
@@ -23,6 +24,11 @@ def sample_keys(seed: int, stream: str, index: Array) -> Array:
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 
-def substream(keys: Array, number: int) -> Array:
+def substream(keys: Array, number: int | Array) -> Array:
     """(b,) keys to (b,) other keys, one set for each number."""
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+
+
+def substreams(keys: Array, count: int) -> Array:
+    """(b,) keys to (count, b) others."""
+    return jax.vmap(substream, (None, 0))(keys, jnp.arange(count))

@@ -107,7 +107,10 @@ def _log_softmax(x):
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def _sinkhorn(x, temperature=0.04):
+TEACHER_TEMPERATURE = get_config("test").loss.teacher_temperature
+
+
+def _sinkhorn(x, temperature=TEACHER_TEMPERATURE):
     x = x / temperature
     q = np.exp(x - x.max()).T
     k, n = q.shape

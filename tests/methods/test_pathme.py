@@ -474,17 +474,16 @@ def test_defect_04_coarse_tokens_pass_through_every_block(world):
     block but the first silenced, the first block's work must still be seen in the tokens."""
     method, params, views, _ = world
     weights = params["student"]["encoder"]
-    silent = {
-        **weights,
-        "block_01": {
-            k: jnp.zeros_like(v) if k.startswith("scale_") else v
-            for k, v in weights["block_01"].items()
-        },
-    }
-    louder = {
-        **silent,
-        "block_00": {**silent["block_00"], "scale_mlp": silent["block_00"]["scale_mlp"] * 2},
-    }
+
+    def changed(factors: dict[str, list[float]]):
+        block = weights["blocks"]["layers"]["block"]
+        block = {
+            k: v * jnp.array(factors[k])[:, None] if k in factors else v for k, v in block.items()
+        }
+        return {**weights, "blocks": {"layers": {"block": block}}}
+
+    silent = changed({"scale_attention": [1, 0], "scale_mlp": [1, 0]})
+    louder = changed({"scale_attention": [1, 0], "scale_mlp": [2, 0]})
 
     def tokens(w):
         return method.encoder.apply(
@@ -613,7 +612,7 @@ def test_defect_14_the_teacher_moves_without_local_crops(one_step):
         p for p in before if p.startswith("student/") and not np.array_equal(before[p], after[p])
     }
     assert {p.replace("teacher/", "student/", 1) for p in moved} == trained
-    assert "student/encoder/prompts" in trained and "student/hmsa/local_0/fine/kernel" in trained
+    assert "student/encoder/prompts" in trained and "student/hmsa/layers/fine/kernel" in trained
 
 
 def test_defect_14_expert_projectors_are_used(world):

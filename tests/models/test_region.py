@@ -118,7 +118,8 @@ def test_prompts_are_fresh_before_every_block_and_the_old_ones_dropped(encoder):
         fresh = jnp.broadcast_to(p["prompts"][i], (2, PROMPTS, WIDTH))
         sequence = jnp.concatenate([cls, fresh, tokens], 1)
         block = Block(2, layer_scale=1.0)
-        sequence = block.apply({"params": p[f"block_{i:02}"]}, sequence, None, None)
+        layer = jax.tree.map(lambda x, i=i: x[i], p["blocks"]["layers"]["block"])
+        sequence = block.apply({"params": layer}, sequence, None, None)
         cls, prompts, tokens = (
             sequence[:, :1],
             sequence[:, 1 : 1 + PROMPTS],
@@ -240,7 +241,7 @@ def test_one_hmsa_layer_against_numpy():
     valid = np.random.default_rng(9).random((1, 256)) < 0.7
     params = _louder(model.init(jax.random.key(0), coarse, prompts, fine, jnp.asarray(valid)))
     out = np.asarray(model.apply(params, coarse, prompts, fine, jnp.asarray(valid)))[0]
-    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params["params"]["local_0"])
+    p = jax.tree.map(lambda x: np.asarray(x[0], np.float64), params["params"]["layers"])
     dense = lambda x, name: x @ p[name]["kernel"] + p[name]["bias"]  # noqa: E731
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
     query = np.concatenate([coarse[0], prompts[0]]).astype(np.float64)

@@ -1,0 +1,96 @@
+"""The launchers from a user's side: installed as a wheel, run from another folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAUNCHERS = [
+    "data_prep.synthesize", "data_prep.tile", "data_prep.regions", "pathme_jax.train",
+    "pathme_jax.extract", "pathme_jax.mil_train", "pathme_jax.demo",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a non-editable install, beside stand-ins of tensorflow and torch that tell."""
+    target = tmp_path_factory.mktemp("installed")
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target)]
+    subprocess.run([*command, str(ROOT)], check=True)
+    heavy = tmp_path_factory.mktemp("heavy")
+    for name in ("tensorflow", "torch"):
+        (heavy / name).mkdir()
+        (heavy / name / "__init__.py").write_text(f"raise SystemExit('{name} was imported')")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(target), str(heavy)])}
+
+
+@pytest.mark.parametrize("module", LAUNCHERS)
+def test_help_works_from_another_folder_without_tensorflow_or_torch(module, installed, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", module, "--help"],
+        env=installed, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode in (0, 1), done.stderr[-500:]  # absl's --help exits with 1
+    assert "usage" in done.stdout.lower() or "flags:" in done.stdout
+    loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in loaded or "absl.flags" in loaded
+    assert not {name for name in loaded if name.split(".")[0] in ("tensorflow", "torch")}
+
+
+def test_training_imports_neither_tensorflow_nor_torch(installed, tmp_path):
+    """Not only --help: everything a stage imports."""
+    code = "import pathme_jax.workflow, pathme_jax.mil.crossval, pathme_jax.reports.page, sys;"
+    code += "print([m for m in sys.modules if m.split('.')[0] in ('tensorflow', 'torch')])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=installed, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert done.stdout.strip().endswith("[]")
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["pathme_jax.extract", "--encoder", "uni", "--fields", "."], "no encoder 'uni'"),
+        (["pathme_jax.demo", "--slides", "absent", "--workdir", "w"], "belong together"),
+        (
+            [
+                "pathme_jax.demo",
+                "--slides",
+                ".",
+                "--labels",
+                "no.csv",
+                "--task",
+                "x",
+                "--workdir",
+                "w",
+            ],
+            "no.csv: no such file",
+        ),
+        (["data_prep.regions", "--grid", ".", "--fine", "e"], "recipe.json"),
+        (["data_prep.synthesize", "--out", "c", "--size", "1000"], "not a multiple"),
+        (["data_prep.tile", "--slides", "absent", "--out", "o"], "absent"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(command, expected, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr[-800:]
+    assert "Traceback" not in done.stderr and expected in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1
+
+
+def test_a_misspelt_config_key_is_named(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "pathme_jax.train", "--config", str(ROOT / "configs/dinov2_tiny.py"),
+         "--workdir", "w", "--config.optimizer.lr=1"],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode != 0 and "optimizer" in done.stderr and "optimiser" in done.stderr
