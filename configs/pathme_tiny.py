@@ -61,11 +61,11 @@ def get_config(variant: str = "") -> Any:
     config.log_every = 5
     if variant == "test":
         config.steps = 4
-        config.batch.samples = 4
+        config.batch.update(samples=4)
         config.model.update(width=32, depth=2, heads=2)
         config.hmsa.update(local_layers=1, global_layers=1, heads=2)
         config.head.update(prototypes=32, hidden=32, bottleneck=16)
-        config.views.local_crops = 2
-        config.checkpoint.every = 2
+        config.views.update(local_crops=2)
+        config.checkpoint.update(every=2)
         config.log_every = 1
     return config

@@ -29,6 +29,7 @@ def main(argv: list[str]) -> None:
     if _DRY_RUN.value:
         print(describe(_CONFIG.value))
         return
+    assert _WORKDIR.value is not None  # marked as required below
     workdir = train(_CONFIG.value, _WORKDIR.value)
     print(f"product: {workdir / 'product'}")
 

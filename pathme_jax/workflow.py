@@ -186,20 +186,22 @@ def run(
         results = classify(
             settings, tiled.grid_dir, made.bags, labels, tasks, workdir / "mil" / grid
         )
+    out = workdir / "reports" / grid
     with stages.stage("write the report"):
-        out = workdir / "reports" / grid
-        write_metrics(out / "metrics.json", settings, made, results, errors)
-        write_report(
-            out / "report.html",
-            settings=settings,
-            tiled=tiled,
-            made=made,
-            results=results,
-            errors=errors,
-            synthetic=synthetic,
-        )
+        changed = write_metrics(out / "metrics.json", settings, made, results, errors)
+        if changed or not (out / "report.html").exists():
+            write_report(
+                out / "report.html",
+                settings=settings,
+                tiled=tiled,
+                made=made,
+                results=results,
+                errors=errors,
+                synthetic=synthetic,
+            )
     total = round(sum(stages.seconds.values()), 1)
-    write_json(out / "timings.json", {"seconds": stages.seconds, "total": total})
+    if changed:  # a rerun that found everything done has no times worth keeping
+        write_json(out / "timings.json", {"seconds": stages.seconds, "total": total})
     print(f"{total} s in all; {len(errors)} slides with a remark")
     for error in errors:
         print(f"  {error['slide_id']}: {error['reason']}. {error['cure']}")
@@ -230,8 +232,12 @@ def classify(
 
 def write_metrics(
     path: Path, settings: Settings, made: Made, results: dict, errors: list[dict[str, str]]
-) -> None:
-    """All figures of a run and nothing that a rerun would change: no times, no paths."""
+) -> bool:
+    """All figures of a run and nothing that a rerun would change: no times, no paths.
+
+    Returns:
+        Whether they are new.
+    """
     plain = {
         task: {bag: {k: v for k, v in row.items() if k != "folder"} for bag, row in rows.items()}
         for task, rows in results.items()
@@ -240,15 +246,16 @@ def write_metrics(
         role: read_json(run / "product.json")["sha256"]
         for role, run in (("patch", made.patch), ("region", made.region))
     }
-    write_json(
-        path,
-        {
-            "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "workers"},
-            "encoders": products,
-            "results": plain,
-            "errors": [{k: e[k] for k in ("slide_id", "reason", "cure")} for e in errors],
-        },
-    )
+    content = {
+        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "workers"},
+        "encoders": products,
+        "results": plain,
+        "errors": [{k: e[k] for k in ("slide_id", "reason", "cure")} for e in errors],
+    }
+    if path.exists() and read_json(path) == content:
+        return False
+    write_json(path, content)
+    return True
 
 
 def write_report(

@@ -72,7 +72,7 @@ def test_training_imports_neither_tensorflow_nor_torch(installed, tmp_path):
             ],
             "no.csv: no such file",
         ),
-        (["data_prep.regions", "--grid", ".", "--fine", "e"], "recipe.json"),
+        (["data_prep.regions", "--grid", ".", "--fine", "e"], "slides.csv"),
         (["data_prep.synthesize", "--out", "c", "--size", "1000"], "not a multiple"),
         (["data_prep.tile", "--slides", "absent", "--out", "o"], "absent"),
     ],

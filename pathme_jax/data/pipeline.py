@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import cv2
 import grain
@@ -20,7 +21,7 @@ from pathme_jax.records.regions import RegionSource
 from pathme_jax.training.contract import BatchSpec
 
 
-def open_source(folder: str | Path, spec: BatchSpec) -> "fields.FieldSource | RegionSource":
+def open_source(folder: str | Path, spec: BatchSpec) -> fields.Source | RegionSource:
     """The records a method asks for.
 
     Raises:
@@ -45,7 +46,7 @@ def batches(
     Fields give {"window": (samples, px, px, 3) uint8, "mpp": (samples,) float32}; regions give the
     method's columns, (samples, s, s, d) float32 and `_valid` bool.
     """
-    source = open_source(folder, spec)
+    source: Any = open_source(folder, spec)
     records = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     per_batch = spec.samples
     if spec.record == "fields":

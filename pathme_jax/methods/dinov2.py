@@ -44,8 +44,8 @@ class DINOv2:
             mpps=tuple(config.batch.mpps),
             windows_per_field=config.batch.windows_per_field,
         )
-        self.backbone = ViT(**config.model)
-        self.head = PrototypeHead(**config.head)
+        self.backbone: Any = ViT(**config.model)
+        self.head: Any = PrototypeHead(**config.head)
         colour = dict(config.views.colour)
         self.crop_kinds = [
             Crop(**config.views.global_crop, **colour, blur=config.views.blur[0]),
@@ -136,7 +136,9 @@ class DINOv2:
         own = project(student, "dino", seen["cls"]).reshape(2, b, -1)
         local = project(student, "dino", local_cls).reshape(n_local, 1, b, target.shape[-1])
         terms = 2 + 2 * n_local
-        global_dino = sum(ssl.cross_entropy(own[i], target[1 - i]).mean() for i in (0, 1)) / terms
+        global_dino: Any = (
+            sum(ssl.cross_entropy(own[i], target[1 - i]).mean() for i in (0, 1)) / terms
+        )
         local_dino = ssl.cross_entropy(local, target).mean(-1).sum() / terms
 
         # iBOT: every masked patch against the teacher's patch; a masked image's weights sum to 1, and
@@ -149,7 +151,7 @@ class DINOv2:
         patch_target = self._targets(truth, aux["ibot"], temperature, jnp.ones(total))
         ibot = (ssl.cross_entropy(hidden, patch_target) * weight).sum() / (2 * b)
 
-        koleo = sum(ssl.koleo(x) for x in seen["cls"].reshape(2, b, -1))
+        koleo: Any = sum(ssl.koleo(x) for x in seen["cls"].reshape(2, b, -1))
         loss = c.dino * (global_dino + local_dino) + c.ibot * ibot + c.koleo * koleo
         metrics = {
             "loss/dino_global": global_dino,

@@ -56,9 +56,9 @@ class PatHME:
                 **{f"experts/{name}": config.columns.experts[name] for name in self.experts},
             },
         )
-        self.encoder = RegionEncoder(**config.model)
-        self.hmsa = HMSA(**config.hmsa)
-        self.head = PrototypeHead(**config.head)
+        self.encoder: Any = RegionEncoder(**config.model)
+        self.hmsa: Any = HMSA(**config.hmsa)
+        self.head: Any = PrototypeHead(**config.head)
         self.counts = {
             scale: mask_counts(config.batch.samples, side**2, (0.1, 0.5), 0.5, MASK_BLOCK)
             for scale, side in SIDE.items()
@@ -164,7 +164,7 @@ class PatHME:
             own = self._project(student, seen[scale]["cls"])
             for j, other in enumerate(SCALES):
                 pairs[f"dino/{scale}_to_{other}"] = ssl.cross_entropy(own, target[j]).mean()
-        terms = {
+        terms: dict[str, Any] = {
             "dino_global": sum(pairs.values()) / (1 + crops),
             "dino_local": self._local_dino(student, views, target, keys) / (1 + crops),
             "ibot": jnp.zeros(()),
@@ -185,7 +185,7 @@ class PatHME:
         terms["mekd"] = self._experts(params, seen, views)
         terms["hmsa"], ranks = self._multi_scale(student, teacher, seen, known, views, keys)
 
-        total = sum(self.config.loss[name] * value for name, value in terms.items())
+        total: Any = sum(self.config.loss[name] * value for name, value in terms.items())
         cls = known["coarse"]["cls"]
         metrics = {
             **{f"loss/{name}": value for name, value in terms.items()},
@@ -263,7 +263,7 @@ class PatHME:
             tokens = seen["fine"]["tokens"]
             goal = views[f"experts/{name}"].reshape(*tokens.shape[:2], -1)
             there = views[f"experts/{name}_valid"] & views["fine_valid"]
-            guess = nn.Dense(goal.shape[-1]).apply({"params": params["experts"][name]}, tokens)
+            guess: Any = nn.Dense(goal.shape[-1]).apply({"params": params["experts"][name]}, tokens)
             value += cosine_distance(
                 guess, goal, there.reshape(tokens.shape[:2]).astype(jnp.float32)
             )

@@ -178,7 +178,7 @@ class HMSA(nn.Module):
             CrossLayer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=layers,
         )(self.heads, name="layers")
         return stack(query, seen, drop, fine, fine_valid)[0]

@@ -125,7 +125,7 @@ class Stack(nn.Module):
             _Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=self.depth,
         )(self.heads, self.mlp_ratio, self.layer_scale, self.dtype, name="layers")
         return layers(x, prompts, keep, valid)[0]

@@ -45,8 +45,8 @@ def join(
         UserError: no slide has a region, or none has every column; widths differ.
     """
     grid_dir = Path(grid_dir)
-    mpp = float(read_json(grid_dir / "recipe.json")["mpp"])
     views = ViewSource(grid_dir)
+    mpp = float(read_json(grid_dir / "recipe.json")["mpp"])
     paths = {
         column_name(encoder, mpp * k): (
             grid_dir / feature_files.folder_name(mpp * k) / f"features_{encoder}",

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python import array_record_module
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from pathme_jax.errors import UserError
 from pathme_jax.files import atomic, digest, read_json, write_json
 
+PLAIN = ("slide_id", "grid", "slide_mpp", "level0_size")  # arrays of the index with one name each
 SIDE = {1: 16, 4: 4, 16: 1}  # tiles along a region's side, by mpp over the finest mpp
 
 
@@ -72,9 +73,7 @@ def write_regions(
         for name, values in columns.items():
             seen = index.valid[name]
             values = np.where(seen[..., None], values, 0).astype(np.float16)
-            writer = array_record_module.ArrayRecordWriter(
-                str(temporary / f"{name}.array_record"), "group_size:1"
-            )
+            writer = ArrayRecordWriter(str(temporary / f"{name}.array_record"), "group_size:1")
             for value in values:
                 writer.write(value.tobytes())
             writer.close()
@@ -89,14 +88,9 @@ def write_regions(
                     "std": np.round(tissue.std(0), 6).tolist(),
                 }
             )
-        np.savez(
-            temporary / "index.npz",
-            slide_id=index.slide_id,
-            grid=index.grid,
-            slide_mpp=index.slide_mpp,
-            level0_size=index.level0_size,
-            **{f"valid/{name}": mask for name, mask in index.valid.items()},
-        )
+        arrays: dict[str, Any] = {k: getattr(index, k) for k in PLAIN}
+        arrays |= {f"valid/{name}": mask for name, mask in index.valid.items()}
+        np.savez(temporary / "index.npz", **arrays)
         write_json(temporary / "recipe.json", {**recipe, "columns": described})
 
 
@@ -110,7 +104,7 @@ class RegionSource:
 
     def __init__(self, folder: str | Path, columns: Mapping[str, str]):
         self.folder = Path(folder)
-        if not (self.folder / "recipe.json").exists():
+        if not (self.folder / "index.npz").exists():
             raise UserError(
                 f"{self.folder}: no regions here", "Make them with `python -m data_prep.regions`"
             )
@@ -127,7 +121,7 @@ class RegionSource:
     @functools.cached_property
     def index(self) -> Index:
         with np.load(self.folder / "index.npz") as file:
-            plain = {k: file[k] for k in ("slide_id", "grid", "slide_mpp", "level0_size")}
+            plain = {k: file[k] for k in PLAIN}
             valid = {
                 k.removeprefix("valid/"): file[k] for k in file.files if k.startswith("valid/")
             }
@@ -136,9 +130,7 @@ class RegionSource:
     @functools.cached_property
     def _readers(self) -> dict[str, Any]:
         return {
-            alias: array_record_module.ArrayRecordReader(
-                str(self.folder / f"{column.name}.array_record")
-            )
+            alias: ArrayRecordReader(str(self.folder / f"{column.name}.array_record"))
             for alias, column in self.columns.items()
         }
 
@@ -151,13 +143,13 @@ class RegionSource:
     def __len__(self) -> int:
         return len(self.index.slide_id)
 
-    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         item = {}
         for alias, column in self.columns.items():
-            data = self._readers[alias].read([int(i)])[0]
+            data = self._readers[alias].read([int(index)])[0]
             shape = (column.side, column.side, column.width)
             values = np.frombuffer(data, np.float16).reshape(shape).astype(np.float32)
-            valid = self.index.valid[column.name][i]
+            valid = self.index.valid[column.name][index]
             if alias.startswith("experts/"):
                 std = np.asarray(column.std, np.float32)
                 values = (values - np.asarray(column.mean, np.float32)) / np.maximum(std, 1e-6)

@@ -117,12 +117,12 @@ def load_method(config: Config) -> Method:
         ) from error
 
 
-def flat(params: Params) -> dict[str, Array]:
+def flat(params: Params) -> dict[str, Any]:
     """{"student": {"a": x}} to {"student/a": x}."""
-    return traverse_util.flatten_dict(params, sep="/")
+    return dict(traverse_util.flatten_dict(params, sep="/"))
 
 
-def nested(params: Mapping[str, Array]) -> Params:
+def nested(params: Mapping[str, Any]) -> Params:
     return traverse_util.unflatten_dict(dict(params), sep="/")
 
 
@@ -130,16 +130,14 @@ def resolve(rules: Rules, paths: list[str], what: str) -> dict[str, tuple[Any, r
     """The first rule that matches each path wholly.
 
     Raises:
-        UserError: a path no rule covers, or a rule that covers nothing.
+        UserError: a path no rule covers.
     """
     found: dict[str, tuple[Any, re.Match[str]]] = {}
-    used = set()
     for path in paths:
-        for i, (pattern, value) in enumerate(rules):
+        for pattern, value in rules:
             match = re.fullmatch(pattern, path)
             if match:
                 found[path] = (value, match)
-                used.add(i)
                 break
         else:
             raise UserError(

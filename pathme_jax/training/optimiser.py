@@ -32,8 +32,9 @@ def make(config: Config, steps: int, paths: list[str]) -> tuple[Callable, Callab
     adam = optax.scale_by_adam(config.b1, config.b2, mu_dtype=jnp.float32)
 
     def update(grads: Flat, state: Any, trained: Flat, step: Array) -> tuple[Flat, Any, Flat]:
-        metrics = {"grad_norm": optax.global_norm(grads)}
+        metrics: dict[str, Any] = {"grad_norm": optax.global_norm(grads)}
         grads = clip_per_submodule(grads, config.clip)
+        moves: Any
         moves, state = adam.update(grads, state)
         new = {
             path: (

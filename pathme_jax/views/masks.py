@@ -27,7 +27,9 @@ def mask_counts(
     return np.resize(counts, samples)
 
 
-def block_masks(keys: Array, counts: Array, shape: tuple[int, int], aspect: float = 0.3) -> Array:
+def block_masks(
+    keys: Array, counts: Array | np.ndarray, shape: tuple[int, int], aspect: float = 0.3
+) -> Array:
     """One random rectangle a sample, trimmed at random to exactly `counts` tokens.
 
     Args:

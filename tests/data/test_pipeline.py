@@ -62,7 +62,7 @@ def test_a_coarse_window_is_the_area_average_of_its_pixels():
     stored = fields.decode(element["image"])[:288, :288]
     for window in fine:
         found = cv2.matchTemplate(stored, window, cv2.TM_SQDIFF).min()
-        assert found == 0
+        assert found < 1000  # of 8e8 for unrelated pixels: float error of the correlation
 
 
 def test_a_window_larger_than_a_field_is_refused():
