@@ -64,7 +64,7 @@ def encoders(work: Path, grid: Path, settings: workflow.Settings) -> tuple[Path,
     """Both encoders, trained on one cohort."""
     config = workflow.patch_config(settings, grid)
     patch = train(config, workflow.workdir_of(work, "patch", config))
-    extract_fields(grid, [patch, workflow.EXPERT])
+    extract_fields(grid, [patch, workflow.EXPERT, "mean_rgb"])
     name = load(patch).name
     regions = join(grid, [(name, 1), (name, 4), (workflow.EXPERT, 1)])
     config = workflow.region_config(settings, name, regions.folder)
@@ -80,7 +80,9 @@ def judge(
     regions = join(grid, [(name, 1), (name, 4), (workflow.EXPERT, 1)])
     tokens = extract_regions(regions.folder, region)
     bags = workflow.bags_of(settings, name, tiles, tokens)
-    results = workflow.classify(settings, grid, bags, labels, workflow.TASKS, work / "mil")
+    results = workflow.classify(
+        settings, grid, bags, labels, workflow.TASKS, work / "mil", shuffles=0
+    )
     rows = read_csv(labels)
     return {
         "probes": {
@@ -103,12 +105,14 @@ def run(work: Path, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         cohort = write_cohort(work / role, slides=slides, seed=cohort_seed)
         grids[role] = tile.run(cohort / "slides", work / f"{role}-tiles").grid_dir
     found = {}
+    # Random encoders need no training cohort; their inputs' widths are all that counts.
     for kind, patch_steps, region_steps in (
         ("trained", args.patch_steps, args.region_steps),
         ("random", 0, 0),
     ):
         settings = workflow.Settings(seed=seed, patch_steps=patch_steps, region_steps=region_steps)
-        pair = encoders(work / "runs", grids["train"], settings)
+        grid = grids["train" if patch_steps else "test"]
+        pair = encoders(work / "runs", grid, settings)
         labels = work / "test" / "labels.csv"
         found[kind] = judge(work / kind, grids["test"], labels, *pair, settings)
     return found
@@ -140,8 +144,8 @@ def main() -> None:
     )
     parser.add_argument("--workdir", type=Path, default=Path("work/bench"))
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--train", type=int, default=24, help="slides the encoders train on")
-    parser.add_argument("--test", type=int, default=40, help="slides they are judged on")
+    parser.add_argument("--train", type=int, default=16, help="slides the encoders train on")
+    parser.add_argument("--test", type=int, default=32, help="slides they are judged on")
     parser.add_argument("--patch-steps", type=int, default=workflow.Settings.patch_steps)
     parser.add_argument("--region-steps", type=int, default=workflow.Settings.region_steps)
     args = parser.parse_args()

@@ -4,7 +4,7 @@
         --config.data.path=OUT/20x-…/regions-… --config.columns.fine=ENC@20x --config.columns.coarse=ENC@5x
 
 Smaller than the paper: width and depth, K = 128 prototypes, 4 local crops, Sinkhorn targets (a batch of
-a few dozen regions is too small for a moving centre). The paper's loss weights are not public: 1 each,
+a few dozen regions is too small for a moving centre) at the lower temperatures of dinov2_tiny. The paper's loss weights are not public: 1 each,
 KoLeo 0.1.
 """
 
@@ -19,7 +19,7 @@ def get_config(variant: str = "") -> Any:
     config: Any = ConfigDict()
     config.method = "pathme_jax.methods.pathme:PatHME"
     config.seed = 0
-    config.steps = 150
+    config.steps = 60
     config.columns = dict(fine="", coarse="", experts=dict())
     config.batch = dict(samples=16)
     config.model = dict(width=96, depth=4, heads=4, mlp_ratio=4.0, layer_scale=1.0, prompts=10)
@@ -34,16 +34,16 @@ def get_config(variant: str = "") -> Any:
         mekd=1.0,
         hmsa=1.0,
         targets="sinkhorn",
-        teacher_temperature=0.04,
-        end_teacher_temperature=0.07,
-        temperature_warmup=50,
+        teacher_temperature=0.02,
+        end_teacher_temperature=0.04,
+        temperature_warmup=60,
         drop_path=0.1,
     )
     config.ema = dict(start=0.98, end=1.0)
     config.optimiser = dict(
         lr=5e-4,
         end_lr=1e-6,
-        warmup=15,
+        warmup=10,
         weight_decay=0.04,
         end_weight_decay=0.2,
         b1=0.9,

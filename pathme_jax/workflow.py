@@ -45,7 +45,7 @@ class Settings:
     size: int = 4096
     mpp: float = 0.5
     patch_steps: int = 120
-    region_steps: int = 100
+    region_steps: int = 60
     seed: int = 0
     workers: int = 2
 
@@ -209,9 +209,18 @@ def run(
 
 
 def classify(
-    settings: Settings, grid_dir: Path, bags: Bags, labels: Path, tasks: tuple[str, ...], out: Path
+    settings: Settings,
+    grid_dir: Path,
+    bags: Bags,
+    labels: Path,
+    tasks: tuple[str, ...],
+    out: Path,
+    **training: Any,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Cross-validates each task on each kind of bag: task to bag to the content of metrics.json."""
+    """Cross-validates each task on each kind of bag: task to bag to the content of metrics.json.
+
+    training: fields of `mil.settings.Settings`.
+    """
     colour = mean_colours(grid_dir, settings.mpp)
     return {
         task: {
@@ -223,6 +232,7 @@ def classify(
                 colour=colour,
                 seed=settings.seed,
                 **where,
+                **training,
             )
             for bag, where in bags.items()
         }
