@@ -11,7 +11,7 @@ from __future__ import annotations
 from absl import app, flags
 from ml_collections import config_flags
 
-from pathme_jax.errors import launcher
+from pathme_jax.errors import UserError, launcher
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/NAME.py[:variant]", lock_config=True
@@ -34,6 +34,16 @@ def main(argv: list[str]) -> None:
     print(f"product: {workdir / 'product'}")
 
 
+@launcher
+def parse(argv: list[str]) -> list[str]:
+    """Flags, with what is wrong with them in one line."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        said = " ".join(str(error).replace("\\n", " ").split())
+        raise UserError(said, "See --help; config keys are those of the config file") from error
+
+
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse)

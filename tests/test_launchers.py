@@ -87,10 +87,19 @@ def test_bad_input_is_one_line_and_exit_code_2(command, expected, tmp_path):
     assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1
 
 
-def test_a_misspelt_config_key_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config.optimizer.lr=1"], "optimiser"),  # with the key that was meant
+        (["--config.steps=many"], "many"),
+        (["--config.data.path=absent"], "absent: no slides.csv"),
+    ],
+)
+def test_a_wrong_config_value_is_named(arguments, expected, tmp_path):
+    command = [sys.executable, "-m", "pathme_jax.train", "--workdir", "w", "--config"]
     done = subprocess.run(
-        [sys.executable, "-m", "pathme_jax.train", "--config", str(ROOT / "configs/dinov2_tiny.py"),
-         "--workdir", "w", "--config.optimizer.lr=1"],
+        [*command, str(ROOT / "configs/dinov2_tiny.py"), *arguments],
         cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    assert done.returncode != 0 and "optimizer" in done.stderr and "optimiser" in done.stderr
+    assert done.returncode == 2, done.stderr[-800:]
+    assert "Traceback" not in done.stderr and expected in done.stderr

@@ -143,7 +143,7 @@ def _training(name: str, file: Path) -> dict[str, Any]:
 
     return {
         "name": name,
-        "steps": records[-1]["step"] if records else 0,
+        "steps": records[-1]["step"] + 1 if records else 0,  # counted from 0
         "losses": panels([k for k in keys if k == "loss" or k.startswith("loss/")]),
         "diagnostics": panels([k for k in keys if words.bad_sign(k)]),
     }
