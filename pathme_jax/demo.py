@@ -30,6 +30,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--mpp", type=float, default=0.5, help="finest µm/px (default 0.5, i.e. 20x)"
     )
+    parser.add_argument(
+        "--mpp-csv", type=Path, help="CSV wsi,mpp of slides that do not state their µm/px"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--workers", type=int, default=2, help="processes that draw and tile slides"
@@ -51,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         slides=args.slides,
         labels=args.labels,
         tasks=tuple(args.task.split(",")) if args.task else (),
+        mpp_csv=args.mpp_csv,
     )
     print(f"report: {report.resolve()}")
 

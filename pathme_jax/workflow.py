@@ -152,11 +152,13 @@ def run(
     slides: Path | None = None,
     labels: Path | None = None,
     tasks: tuple[str, ...] = (),
+    mpp_csv: Path | None = None,
 ) -> Path:
     """Runs every stage and returns the path of report.html.
 
     Args:
         slides, labels, tasks: given together; without them a synthetic cohort is made.
+        mpp_csv: µm/px of slides that do not state it.
     """
     workdir = Path(workdir)
     given = (slides is not None, labels is not None, bool(tasks))
@@ -178,7 +180,13 @@ def run(
         slides, labels, tasks = cohort / "slides", cohort / "labels.csv", TASKS
     check_labels(labels, tasks)
     with stages.stage("tile"):
-        tiled = tile.run(slides, workdir / "tiles", mpp=settings.mpp, workers=settings.workers)
+        tiled = tile.run(
+            slides,
+            workdir / "tiles",
+            mpp=settings.mpp,
+            mpp_csv=mpp_csv,
+            workers=settings.workers,
+        )
     grid = tiled.grid_dir.name
     made, errors = encode_slides(settings, tiled.grid_dir, workdir / "runs" / grid, stages)
     errors = [*tiled.errors, *errors]

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
+ASSIGNMENTS = ("sinkhorn", "centring")
+
 
 def sinkhorn(
     logits: Array, temperature: Array | float, weight: Array, iterations: int = 3
@@ -40,6 +42,15 @@ def moved_centre(centre: Array, logits: Array, weight: Array, momentum: float = 
     logits, weight = logits.reshape(-1, logits.shape[-1]), weight.reshape(-1, 1)
     mean = (logits * weight).sum(0) / jnp.maximum(weight.sum(), 1e-6)
     return jnp.where(weight.sum() > 0, momentum * centre + (1 - momentum) * mean, centre)
+
+
+def assign(
+    how: str, logits: Array, centre: Array, temperature: Array | float, weight: Array
+) -> Array:
+    """The teacher's targets, `how` being one of ASSIGNMENTS: (b, k) logits to (b, k) probabilities."""
+    if how == "sinkhorn":
+        return sinkhorn(logits, temperature, weight)
+    return centred_softmax(logits, centre, temperature)
 
 
 def cross_entropy(student: Array, teacher: Array, temperature: float = 0.1) -> Array:

@@ -31,10 +31,10 @@ class DINOv2:
     """Config: batch, model, head, views, loss, steps (see configs/dinov2_tiny.py)."""
 
     def __init__(self, config: Config):
-        if config.loss.targets not in ("sinkhorn", "centring"):
+        if config.loss.targets not in ssl.ASSIGNMENTS:
             raise UserError(
                 f"config.loss.targets = {config.loss.targets!r}",
-                'Expected "sinkhorn" or "centring"',
+                f"Expected one of {', '.join(ssl.ASSIGNMENTS)}",
             )
         self.config = config
         self.batch_spec = BatchSpec(
@@ -131,7 +131,7 @@ class DINOv2:
         # DINO: masked student CLS, and local CLS, against the other view's unmasked teacher CLS.
         temperature = self.teacher_temperature(step)
         logits = project(teacher, "dino", known["cls"])
-        target = self._targets(logits, aux["dino"], temperature, jnp.ones(2 * b))
+        target = ssl.assign(c.targets, logits, aux["dino"], temperature, jnp.ones(2 * b))
         target = target.reshape(2, b, -1)
         own = project(student, "dino", seen["cls"]).reshape(2, b, -1)
         local = project(student, "dino", local_cls).reshape(n_local, 1, b, target.shape[-1])
@@ -148,7 +148,7 @@ class DINOv2:
         weight = 1.0 / mask.sum(1)[at // mask.shape[1]]
         hidden = project(student, "ibot", seen["tokens"].reshape(-1, seen["tokens"].shape[-1])[at])
         truth = project(teacher, "ibot", known["tokens"].reshape(-1, known["tokens"].shape[-1])[at])
-        patch_target = self._targets(truth, aux["ibot"], temperature, jnp.ones(total))
+        patch_target = ssl.assign(c.targets, truth, aux["ibot"], temperature, jnp.ones(total))
         ibot = (ssl.cross_entropy(hidden, patch_target) * weight).sum() / (2 * b)
 
         koleo: Any = sum(ssl.koleo(x) for x in seen["cls"].reshape(2, b, -1))
@@ -172,11 +172,6 @@ class DINOv2:
         }
         return loss, (metrics, aux)
 
-    def _targets(self, logits: Array, centre: Array, temperature: Array, weight: Array) -> Array:
-        if self.config.loss.targets == "sinkhorn":
-            return ssl.sinkhorn(logits, temperature, weight)
-        return ssl.centred_softmax(logits, centre, temperature)
-
     def product(self, params: Params) -> Params:
         return params["teacher"]["backbone"]
 
@@ -184,10 +179,11 @@ class DINOv2:
         """(b, h, w, 3) uint8 to (b, d): the CLS token, averaged over parts of `encode_px` pixels.
 
         A small model learns on small crops; parts of that size keep it where it was trained, and cost
-        less attention than the whole image. encode_px = 0 encodes the image whole.
+        less attention than the whole image. Smaller images, and all with encode_px = 0, are encoded whole.
         """
         images = batch["image"]
-        b, side, px = len(images), images.shape[1], self.config.encode_px or images.shape[1]
+        b, side = images.shape[:2]
+        px = min(self.config.encode_px or side, side)
         if side % px or images.shape[2] != side:
             raise UserError(
                 f"images of {side}x{images.shape[2]} px do not divide into parts of {px} px",

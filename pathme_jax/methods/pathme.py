@@ -40,10 +40,10 @@ class PatHME:
     """Config: columns, batch, model, hmsa, head, views, loss, ema, steps (see configs/pathme_tiny.py)."""
 
     def __init__(self, config: Config):
-        if config.loss.targets not in ("sinkhorn", "centring"):
+        if config.loss.targets not in ssl.ASSIGNMENTS:
             raise UserError(
                 f"config.loss.targets = {config.loss.targets!r}",
-                'Expected "sinkhorn" or "centring"',
+                f"Expected one of {', '.join(ssl.ASSIGNMENTS)}",
             )
         self.config = config
         self.experts = sorted(config.columns.experts)
@@ -152,11 +152,12 @@ class PatHME:
         seen = self._grids(student, views, masked=True, keys=keys)
         known = jax.lax.stop_gradient(self._grids(teacher, views, masked=False, keys=None))
         temperature = self.teacher_temperature(step)
+        how = self.config.loss.targets
         b, crops = len(views["fine"]), self.config.views.local_crops
 
         # PMSD, DINO: each student scale against each teacher scale, whole grids and local crops.
         logits = jnp.concatenate([self._project(teacher, known[s]["cls"]) for s in SCALES])
-        target = self._targets(logits, aux["dino"], temperature, jnp.ones(2 * b))
+        target = ssl.assign(how, logits, aux["dino"], temperature, jnp.ones(2 * b))
         target = target.reshape(2, b, -1)
         centres = {"dino": ssl.moved_centre(aux["dino"], logits, jnp.ones(2 * b))}
         pairs = {}  # "dino/<student scale>_to_<teacher scale>"
@@ -177,7 +178,7 @@ class PatHME:
             hidden = self._project(student, _rows(seen[scale]["tokens"])[at])
             truth = self._project(teacher, _rows(known[scale]["tokens"])[at])
             centre = aux[f"ibot_{scale}"]
-            goal = self._targets(truth, centre, temperature, weight)
+            goal = ssl.assign(how, truth, centre, temperature, weight)
             terms["ibot"] += (ssl.cross_entropy(hidden, goal) * weight).sum() / b
             there = (weight > 0).astype(jnp.float32)
             centres[f"ibot_{scale}"] = ssl.moved_centre(centre, truth, there)
@@ -250,11 +251,6 @@ class PatHME:
         at = jnp.nonzero(mask.reshape(-1), size=int(self.counts[scale].sum()))[0]
         counted = jnp.maximum((mask & tissue).sum(1), 1)
         return at, tissue.reshape(-1)[at] / counted[at // mask.shape[1]]
-
-    def _targets(self, logits: Array, centre: Array, temperature: Array, weight: Array) -> Array:
-        if self.config.loss.targets == "sinkhorn":
-            return ssl.sinkhorn(logits, temperature, weight)
-        return ssl.centred_softmax(logits, centre, temperature)
 
     def _experts(self, params: Params, seen: Any, views: Any) -> Array:
         """MEKD: 1 - mean cos(W h, expert) over every valid 20x token of the masked student."""

@@ -188,7 +188,8 @@ def _numpy_terms(method, params, views):
         return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
     def sinkhorn(x):
-        q = np.exp(x / 0.04 - (x / 0.04).max()).T
+        x = x / get_config("test").loss.teacher_temperature
+        q = np.exp(x - x.max()).T
         k, n = q.shape
         for _ in range(3):
             q = q / q.sum(1, keepdims=True) / k
