@@ -299,7 +299,7 @@ def write_report(
         title="Synthetic two-scale tissue" if synthetic else "Slides, from tissue to prediction",
         synthetic=synthetic,
         results={t: {b: Path(r["folder"]) for b, r in rows.items()} for t, rows in results.items()},
-        slides=[{k: row[k] for k in shown} for row in tiled.slides],
+        slides=[{**{k: row[k] for k in shown}, "mpp": _short(row["mpp"])} for row in tiled.slides],
         overviews=tiled.grid_dir.parent / "contours",
         thumbnails=tiled.grid_dir.parent / "thumbnails",
         errors=errors,
@@ -311,6 +311,11 @@ def write_report(
         versions={**provenance()["versions"], "commit": provenance()["commit"]},
     )
     page.write(path, content)
+
+
+def _short(mpp: float | str) -> str:
+    """µm/px to four digits; empty where a slide has none."""
+    return f"{float(mpp):.4g}" if mpp else ""
 
 
 def check_labels(labels: Path, tasks: tuple[str, ...]) -> None:

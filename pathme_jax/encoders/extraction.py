@@ -120,13 +120,15 @@ def extract_fields(
     bar = tqdm(total=len(todo), desc="extract", disable=not progress or not todo, unit="slide")
     for slide in todo:
         try:
-            tiles = _tiles(source, views, slide, multiples)
-            rows = _encode(models, tiles, batch)
+            rows = _encode(models, _tiles(source, views, slide, multiples), batch)
+            # A slide smaller than a region has no view: its width is that of another magnification.
+            some = next((tiles[0].features for tiles in rows.values() if tiles), {})
             for (name, at), path in folders.items():
                 multiple = round(at / mpp)
                 _write(
                     path / f"{slide}.h5",
                     rows[multiple],
+                    width=len(some.get(name, ())),
                     # a region view's cell is that of its first field
                     cell_um=256 * mpp * min(multiple, 4),
                     attrs=_attrs(sidecars[slide], name, at, recipe[slide, (name, at)]),
@@ -217,13 +219,15 @@ def _encode(
     return rows
 
 
-def _write(path: Path, tiles: list[_Tile], *, cell_um: float, attrs: dict[str, Any]) -> None:
+def _write(
+    path: Path, tiles: list[_Tile], *, width: int, cell_um: float, attrs: dict[str, Any]
+) -> None:
     tiles = sorted(tiles, key=lambda tile: tile.grid)
     grid = np.array([t.grid for t in tiles], np.int32).reshape(-1, 2)
     rows = [t.features[attrs["encoder"]] for t in tiles]
     write_features(
         path,
-        features=np.array(rows, np.float32).reshape(len(rows), -1 if rows else 0),
+        features=np.array(rows, np.float32).reshape(-1, width),
         coords=level0(grid, cell_um, attrs["level0_mpp"]),
         grid=grid,
         attrs=attrs,

@@ -144,6 +144,7 @@ def _claim(workdir: Path, config: Config, what: Mapping[str, Any]) -> None:
 
 
 def _plain(tree: Any) -> dict[str, Any]:
+    """As it comes back from a file; empty branches become None, which `flat` keeps."""
     return json.loads(json.dumps(tree), object_hook=lambda d: d or None)
 
 
