@@ -103,6 +103,15 @@ def test_clipping_is_per_submodule():
     np.testing.assert_array_equal(clipped["student/backbone/a"], grads["student/backbone/a"])
 
 
+def test_the_update_clips_before_its_moments():
+    weights = {"student/head/a": jnp.zeros(4)}
+    init, update = optimiser.make(settings(clip=3.0), 10, list(weights))
+    grads = {"student/head/a": jnp.full(4, 100.0)}
+    _, state, metrics = update(grads, init(weights), weights, jnp.array(0))
+    assert float(jnp.linalg.norm(state.mu["student/head/a"])) == pytest.approx(0.1 * 3.0, rel=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(200.0)  # logged as it was
+
+
 def test_a_parameter_no_rule_covers_is_named():
     with pytest.raises(UserError, match="teacher/x"):
         resolve([("student/.*", 1.0)], ["student/x", "teacher/x"], "lr")
