@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 TRANSDUCTIVE = (
-    "The encoders were trained without labels on these same slides, those of the test folds included. "
+    "The encoders saw these same slides unlabelled, those of the test folds included. "
     "They never saw a diagnosis, but they saw the test images (a transductive setting): "
     "slides of another hospital may score lower."
 )

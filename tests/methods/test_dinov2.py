@@ -255,6 +255,6 @@ def test_features_are_the_teachers_and_do_not_depend_on_the_slot(world):
     product = method.product(params)
     assert product is params["teacher"]["backbone"]
     out = np.asarray(encode(product, {"image": images}))
-    assert out.shape == (B, 2 * WIDTH)
+    assert out.shape == (B, WIDTH)
     order = np.arange(B)[::-1]
     np.testing.assert_allclose(encode(product, {"image": images[order]}), out[order], atol=1e-5)
