@@ -6,8 +6,8 @@ What is smaller than the paper's recipe, and why:
 - the model, K = 128 prototypes, 4 local crops, 300,000 times fewer samples;
 - crops keep the window's magnification (extended-context translation, Zimmermann 2024) with little blur,
   because chromatin detail is what a pathologist reads;
-- the teacher's temperature starts at 0.02: two crops of tissue agree less than two of a photograph, and
-  at 0.04-0.07 so small a model collapsed to the uniform assignment within 25 steps;
+- the teacher's temperature starts at 0.02 and global crops overlap much: at 0.04-0.07 with little overlap
+  so small a model stayed at the uniform assignment (the two were changed together);
 - the teacher's momentum starts at 0.98, since a short run's teacher must move;
 - 256 px tiles are encoded as four parts of the crops' size.
 """
