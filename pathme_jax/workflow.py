@@ -118,7 +118,7 @@ def encode_slides(
     with stages.stage("extract multi-scale region tokens"):
         tokens = extract_regions(joined.folder, region)
     bags = bags_of(settings, name, tiles, tokens)
-    return Made(patch, region, bags), [*tiles.errors, *joined.errors]
+    return Made(patch, region, bags), [*tiles.errors, *joined.errors, *tokens.errors]
 
 
 def bags_of(settings: Settings, name: str, tiles: Extracted, tokens: Extracted) -> Bags:

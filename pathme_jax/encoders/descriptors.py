@@ -20,8 +20,7 @@ def mean_rgb(images: Array) -> Array:
 def hed_texture(images: Array) -> Array:
     """(b, h, w, 3) uint8 to (b, 26): stain statistics and texture energy, no learning.
 
-    Mean and deviation of haematoxylin, eosin and residual density (6), their means' pairwise
-    differences left to the learner; then, for haematoxylin and eosin and each of four octaves, the log
+    Mean and deviation of haematoxylin, eosin and residual density (6); then, for haematoxylin and eosin and each of four octaves, the log
     energy of Haar details along the axes (both together, so a quarter turn changes nothing) and of the
     diagonal (16); and the deviation of the remaining low-pass image with its skew (4).
     """

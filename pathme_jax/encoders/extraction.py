@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -169,8 +168,7 @@ def _tiles(source: Any, views: Any, slide: str, multiples: Sequence[int]) -> Ite
                 for r, c in np.argwhere(tissue)
             ]
         if 4 in multiples:
-            small = cv2.resize(image, (px, px), interpolation=cv2.INTER_AREA)
-            found.append(_Tile(4, small, (row, column)))
+            found.append(_Tile(4, fields.area_average(image, side), (row, column)))
         return found
 
     def of_view(i: int) -> list[_Tile]:
@@ -277,33 +275,44 @@ def extract_regions(
     mpp = float(read_json(grid_dir / "recipe.json")["mpp"]) * 4
     out = folder(grid_dir, model.name, mpp)
     slides = sorted(set(source.index.slide_id.tolist()))
-    done = 0
+    done, errors = 0, []
     for slide_id in tqdm(slides, desc="extract regions", disable=not progress, unit="slide"):
         slide = read_json(fields.sidecar_path(grid_dir, slide_id))
         recipe = _recipe(slide, [model.name, regions_dir.name])
         if feature_files.recipe_of(out / f"{slide_id}.h5") == recipe:
             continue
         mine = np.flatnonzero(source.index.slide_id == slide_id)
-        tokens, grid, kind = [], [], []
-        for start in range(0, len(mine), batch):
-            at = mine[start : start + batch]
-            items = [source[i] for i in at]
-            items += [items[0]] * (batch - len(items))
-            got = model.encode({k: np.stack([item[k] for item in items]) for k in items[0]})
-            got = {k: np.asarray(v) for k, v in got.items()}
-            for n, i in enumerate(at):
-                keep = got["valid"][n]
-                tokens.append(got["features"][n][keep])
-                grid.append(source.index.grid[i] + got["cell"][keep])
-                kind.append(got["kind"][keep])
-        cells = np.concatenate(grid)
-        write_features(
-            out / f"{slide_id}.h5",
-            features=np.concatenate(tokens).astype(np.float32),
-            coords=level0(cells, 256 * mpp, slide["slide_mpp"]),
-            grid=cells,
-            kind=np.concatenate(kind),
-            attrs=_attrs(slide, model.name, mpp, recipe),
-        )
-        done += 1
-    return Extracted({(model.name, mpp): out}, [], done, len(slides) - done)
+        try:
+            tokens, cells, kind = _encode_regions(model, source, mine, batch)
+            write_features(
+                out / f"{slide_id}.h5",
+                features=tokens,
+                coords=level0(cells, 256 * mpp, slide["slide_mpp"]),
+                grid=cells,
+                kind=kind,
+                attrs=_attrs(slide, model.name, mpp, recipe),
+            )
+            done += 1
+        except UserError as error:
+            errors.append({"slide_id": slide_id, "reason": error.problem, "cure": error.cure})
+    skipped = len(slides) - done - len(errors)
+    return Extracted({(model.name, mpp): out}, errors, done, skipped)
+
+
+def _encode_regions(
+    model: Encoder, source: RegionSource, mine: np.ndarray, batch: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features (m, d), cells (m, 2) and kinds (m,) of the valid tokens of the regions `mine`."""
+    tokens, cells, kind = [], [], []
+    for start in range(0, len(mine), batch):
+        at = mine[start : start + batch]
+        items = [source[i] for i in at]
+        items += [items[0]] * (batch - len(items))
+        got = model.encode({k: np.stack([item[k] for item in items]) for k in items[0]})
+        got = {k: np.asarray(v) for k, v in got.items()}
+        for n, i in enumerate(at):
+            keep = got["valid"][n]
+            tokens.append(got["features"][n][keep].astype(np.float32))
+            cells.append(source.index.grid[i] + got["cell"][keep])
+            kind.append(got["kind"][keep])
+    return np.concatenate(tokens), np.concatenate(cells), np.concatenate(kind)
