@@ -24,7 +24,8 @@ def get_config(variant: str = "") -> Any:
     config.method = "pathme_jax.methods.dinov2:DINOv2"
     config.seed = 0
     config.steps = 120
-    config.batch = dict(samples=32, window_px=128, mpps=(0.5, 2.0), windows_per_field=2)
+    # `block`: samples in a logical block of masks and drop path, whatever the number of devices
+    config.batch = dict(samples=32, block=8, window_px=128, mpps=(0.5, 2.0), windows_per_field=2)
     config.model = dict(
         patch=8, width=64, depth=2, heads=1, mlp_ratio=4.0, layer_scale=1.0, registers=0, grid=12
     )
@@ -45,7 +46,9 @@ def get_config(variant: str = "") -> Any:
         dino=1.0,
         ibot=1.0,
         koleo=0.05,
+        kde=0.0,
         targets="sinkhorn",
+        ibot_head="separate",
         teacher_temperature=0.02,
         end_teacher_temperature=0.04,
         temperature_warmup=120,
@@ -64,8 +67,14 @@ def get_config(variant: str = "") -> Any:
         lr_multipliers=(("student/backbone/patch_embed/.*", 0.5), (".*", 1.0)),
         decay_multipliers=((".*(bias|scale_.*|scale|token|positions)", 0.0), (".*", 1.0)),
     )
+    config.mesh = dict(data=-1)
     config.sharding = ((".*", "replicate"),)
+    config.initial = dict(into="student/backbone", path="")  # start from a finished run's weights
     config.data = dict(path="", workers=0)
+    config.probe = dict(
+        every=0, path="", labels="", column="", tiles=8, px=256, multiple=1, split="case", folds=5
+    )
+    config.profile = dict(first=10, steps=0)
     config.checkpoint = dict(every=25, keep=2)
     config.log_every = 5
     if variant == "test":

@@ -36,7 +36,7 @@ def launcher(main: Callable[..., Any]) -> Callable[..., Any]:
         except UserError as error:
             sys.exit(_say(str(error)))
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             sys.exit(
                 _say(f"no space left writing {error.filename or 'the output'}. Free some and rerun")

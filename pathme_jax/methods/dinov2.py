@@ -5,6 +5,7 @@ The student sees masked global crops and unmasked local ones, the teacher unmask
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,27 +16,25 @@ import numpy as np
 from pathme_jax.errors import UserError
 from pathme_jax.losses import self_distillation as ssl
 from pathme_jax.models.heads import PrototypeHead
-from pathme_jax.models.transformer import drop_path_factors
+from pathme_jax.models.transformer import drop_path_rows
 from pathme_jax.models.vit import ViT
 from pathme_jax.training.contract import TRAINED, BatchSpec, Config, EmaOf, Params, Rules
-from pathme_jax.training.keys import substream, substreams
+from pathme_jax.training.keys import substream
 from pathme_jax.training.schedules import cosine, linear
-from pathme_jax.views.images import Crop, crops, normalise
-from pathme_jax.views.masks import block_masks, mask_counts
+from pathme_jax.training.sharding import spread
+from pathme_jax.views import masks
+from pathme_jax.views.images import Crop, many, normalise
 
 Array = jax.Array
-MASK_BLOCK = 8  # samples in a logical block of masks
+IBOT_HEADS = ("separate", "shared")
 
 
 class DINOv2:
-    """Config: batch, model, head, views, loss, steps (see configs/dinov2_tiny.py)."""
+    """Config: batch, model, head, views, loss, ema, steps (see configs/dinov2.py)."""
 
     def __init__(self, config: Config):
-        if config.loss.targets not in ssl.ASSIGNMENTS:
-            raise UserError(
-                f"config.loss.targets = {config.loss.targets!r}",
-                f"Expected one of {', '.join(ssl.ASSIGNMENTS)}",
-            )
+        _one_of("config.loss.targets", config.loss.targets, ssl.ASSIGNMENTS)
+        _one_of("config.loss.ibot_head", config.loss.ibot_head, IBOT_HEADS)
         self.config = config
         self.batch_spec = BatchSpec(
             record="fields",
@@ -44,24 +43,34 @@ class DINOv2:
             mpps=tuple(config.batch.mpps),
             windows_per_field=config.batch.windows_per_field,
         )
+        if config.batch.samples % config.batch.block:
+            raise UserError(
+                f"config.batch.samples = {config.batch.samples} is no multiple of"
+                f" config.batch.block = {config.batch.block}",
+                "Masks and drop path are drawn in blocks of so many samples",
+            )
+        for name in ("global_crop", "local_crop"):
+            px = config.views[name].px
+            if px % config.model.patch:
+                raise UserError(
+                    f"config.views.{name}.px = {px} does not divide into patches of"
+                    f" {config.model.patch} px",
+                    "Change one of the two",
+                )
         self.backbone: Any = ViT(**config.model)
         self.head: Any = PrototypeHead(**config.head)
-        colour = dict(config.views.colour)
-        self.crop_kinds = [
-            Crop(**config.views.global_crop, **colour, blur=config.views.blur[0]),
-            Crop(
-                **config.views.global_crop,
-                **colour,
-                blur=config.views.blur[1],
-                solarize=config.views.solarize,
+        # The patch tokens' head: DINO's own, or another of the same form.
+        self.ibot = "dino" if config.loss.ibot_head == "shared" else "ibot"
+        colour, blur = dict(config.views.colour), config.views.blur
+        self.crop_kinds = {
+            "global_1": Crop(**config.views.global_crop, **colour, blur=blur[0]),
+            "global_2": Crop(
+                **config.views.global_crop, **colour, blur=blur[1], solarize=config.views.solarize
             ),
-            Crop(**config.views.local_crop, **colour, blur=config.views.blur[2]),
-        ]
+            "local": Crop(**config.views.local_crop, **colour, blur=blur[2]),
+        }
         side = config.views.global_crop.px // config.model.patch
-        self.mask_grid = (side, side)
-        self.counts = mask_counts(
-            2 * config.batch.samples, side * side, (0.1, 0.5), 0.5, 2 * MASK_BLOCK
-        )
+        self.masks = masks.MaskPlan(shape=(side, side), block=config.batch.block)
         self.momentum = cosine(config.ema.start, config.ema.end, config.steps)
         self.teacher_temperature = linear(
             config.loss.teacher_temperature,
@@ -72,13 +81,12 @@ class DINOv2:
     def init(self, key: Array, shapes: Mapping[str, Any]) -> tuple[Params, dict[str, Array]]:
         one, two, three = jax.random.split(key, 3)
         side = self.config.views.global_crop.px
-        image = jnp.zeros((1, side, side, 3))
-        backbone = self.backbone.init(one, image, jnp.zeros((1, self.mask_grid[0] ** 2), bool))
+        mask = jnp.zeros((1, math.prod(self.masks.shape)), bool)
         feature = jnp.zeros((1, self.config.model.width))
         student = {
-            "backbone": backbone["params"],
+            "backbone": self.backbone.init(one, jnp.zeros((1, side, side, 3)), mask)["params"],
             "dino": self.head.init(two, feature)["params"],
-            "ibot": self.head.init(three, feature)["params"],
+            self.ibot: self.head.init(three, feature)["params"],
         }
         centre = jnp.zeros((self.config.head.prototypes,))
         return {"student": student, "teacher": student}, {"dino": centre, "ibot": centre}
@@ -88,89 +96,105 @@ class DINOv2:
         return [("student/.*", TRAINED), ("teacher/(.*)", EmaOf(r"student/\1", self.momentum))]
 
     def views(self, batch: Mapping[str, Array], keys: Array) -> dict[str, Array]:
-        """ "globals" (2, b, g, g, 3), "locals" (l, b, s, s, 3), "mask" (2, b, n) bool."""
-        images = [crops(batch["window"], substream(keys, i), self.crop_kinds[i]) for i in (0, 1)]
-        small = jax.vmap(lambda keys: crops(batch["window"], keys, self.crop_kinds[2]))(
-            substreams(substream(keys, 2), self.config.views.local_crops)
-        )
-        counts = self.counts.reshape(-1, 2)  # the two globals of a sample are neighbours in a block
-        masks = [block_masks(substream(keys, 3 + i), counts[:, i], self.mask_grid) for i in (0, 1)]
+        """ "globals" (b, 2, g, g, 3), "locals" (b, l, s, s, 3), "mask" (b, 2, n) bool."""
+        windows, kinds = batch["window"], self.crop_kinds
+        pair = [
+            many(windows, substream(keys, i), kinds[f"global_{i + 1}"], count=1) for i in (0, 1)
+        ]
+        small = many(windows, substream(keys, 2), kinds["local"], self.config.views.local_crops)
         scale = (tuple(self.config.views.mean), tuple(self.config.views.std))
         return {
-            "globals": normalise(jnp.stack(images), *scale),
+            "globals": normalise(jnp.concatenate(pair, 1), *scale),
             "locals": normalise(small, *scale),
-            "mask": jnp.stack(masks).reshape(2, len(keys), -1),
+            "mask": masks.draw(self.masks, substream(keys, 3)),
+        }
+
+    def pictures(self, views: Mapping[str, Array]) -> dict[str, Array]:
+        """A few crops as the student sees them, in [0, 1]; masked patches are grey."""
+        mean, std = jnp.array(self.config.views.mean), jnp.array(self.config.views.std)
+        whole, small = (jnp.clip(views[k] * std + mean, 0, 1) for k in ("globals", "locals"))
+        b, _, side, _, _ = whole.shape
+        hidden = views["mask"].reshape(b, 2, *self.masks.shape)
+        hidden = hidden.repeat(self.config.model.patch, 2).repeat(self.config.model.patch, 3)
+        return {
+            "global 1": jnp.where(hidden[:, 0, ..., None], 0.5, whole[:, 0]),
+            "global 2": jnp.where(hidden[:, 1, ..., None], 0.5, whole[:, 1]),
+            "local": small[:, 0],
         }
 
     def loss(
         self, params: Params, aux: dict[str, Array], views: Any, keys: Array, step: Array
     ) -> tuple[Array, tuple[dict[str, Array], dict[str, Array]]]:
         c = self.config.loss
-        b = views["globals"].shape[1]
-        both = views["globals"].reshape(2 * b, *views["globals"].shape[2:])
-        mask = views["mask"].reshape(2 * b, -1)
         student, teacher = params["student"], jax.lax.stop_gradient(params["teacher"])
-
-        def run(
-            weights: Params, images: Array, mask: Array | None = None, keys: Array | None = None
-        ) -> dict[str, Array]:
-            depth = self.config.model.depth
-            keep = None if keys is None else drop_path_factors(keys, depth, c.drop_path)
-            return self.backbone.apply({"params": weights["backbone"]}, images, mask, keep)
+        b, crops = len(views["globals"]), views["locals"].shape[1]
+        whole, small = _rows(views["globals"]), _rows(views["locals"])
+        mask = _rows(views["mask"])
 
         def project(weights: Params, name: str, x: Array) -> Array:
-            return self.head.apply({"params": weights[name]}, x)
+            return spread(self.head.apply({"params": weights[name]}, x))
 
-        seen = run(student, both, mask, substreams(substream(keys, 0), 2).reshape(-1))
-        known = jax.lax.stop_gradient(run(teacher, both))
-        n_local = len(views["locals"])
-        near = views["locals"].reshape(n_local * b, *views["locals"].shape[2:])
-        near_keys = substreams(substream(keys, 1), n_local).reshape(-1)
-        local_cls = run(student, near, None, near_keys)["cls"]
+        # The student sees masked globals and all locals, the teacher whole globals only.
+        groups: list[Any] = [(whole, mask, self._kept(substream(keys, 0), 2))]
+        if crops:
+            groups.append((small, None, self._kept(substream(keys, 1), crops)))
+        seen, *near = self.backbone.apply({"params": student["backbone"]}, groups, method="groups")
+        known = jax.lax.stop_gradient(self.backbone.apply({"params": teacher["backbone"]}, whole))
 
-        # DINO: masked student CLS, and local CLS, against the other view's unmasked teacher CLS.
+        # DINO: each student view against each whole view of the teacher but its own.
         temperature = self.teacher_temperature(step)
         logits = project(teacher, "dino", known["cls"])
         target = ssl.assign(c.targets, logits, aux["dino"], temperature, jnp.ones(2 * b))
-        target = target.reshape(2, b, -1)
-        own = project(student, "dino", seen["cls"]).reshape(2, b, -1)
-        local = project(student, "dino", local_cls).reshape(n_local, 1, b, target.shape[-1])
-        terms = 2 + 2 * n_local
-        global_dino: Any = (
-            sum(ssl.cross_entropy(own[i], target[1 - i]).mean() for i in (0, 1)) / terms
-        )
-        local_dino = ssl.cross_entropy(local, target).mean(-1).sum() / terms
+        target = target.reshape(b, 2, -1)
+        own = project(student, "dino", seen["cls"]).reshape(b, 2, -1)
+        terms = 2 + 2 * crops
+        global_dino = ssl.cross_entropy(own, target[:, ::-1]).mean(0).sum() / terms
+        local_dino = jnp.zeros(())
+        if crops:
+            local = project(student, "dino", near[0]["cls"]).reshape(b, crops, -1)
+            both = target.sum(1, keepdims=True)  # the cross-entropy is linear in its target
+            local_dino = ssl.cross_entropy(local, both).mean(0).sum() / terms
 
         # iBOT: every masked patch against the teacher's patch; a masked image's weights sum to 1, and
         # the mean is over all images, as in DINOv2's code.
-        total = int(self.counts.sum())
-        at = jnp.nonzero(mask.reshape(-1), size=total)[0]
-        weight = 1.0 / mask.sum(1)[at // mask.shape[1]]
-        hidden = project(student, "ibot", seen["tokens"].reshape(-1, seen["tokens"].shape[-1])[at])
-        truth = project(teacher, "ibot", known["tokens"].reshape(-1, known["tokens"].shape[-1])[at])
-        patch_target = ssl.assign(c.targets, truth, aux["ibot"], temperature, jnp.ones(total))
+        rows = masks.rows(self.masks, views["mask"])
+        share = 1 / jnp.maximum(mask.sum(1, keepdims=True), 1)
+        weight = _gather(jnp.broadcast_to(share, mask.shape), rows)
+        hidden = project(student, self.ibot, _gather(seen["tokens"], rows))
+        truth = project(teacher, self.ibot, _gather(known["tokens"], rows))
+        everywhere = jnp.ones(len(truth))
+        patch_target = ssl.assign(c.targets, truth, aux["ibot"], temperature, everywhere)
         ibot = (ssl.cross_entropy(hidden, patch_target) * weight).sum() / (2 * b)
 
-        koleo: Any = sum(ssl.koleo(x) for x in seen["cls"].reshape(2, b, -1))
-        loss = c.dino * (global_dino + local_dino) + c.ibot * ibot + c.koleo * koleo
+        loss = c.dino * (global_dino + local_dino) + c.ibot * ibot
         metrics = {
             "loss/dino_global": global_dino,
             "loss/dino_local": local_dino,
             "loss/ibot": ibot,
-            "loss/koleo": koleo,
+            # Of the plain softmax: Sinkhorn's own assignment uses every prototype by construction.
+            "prototype_usage": ssl.usage(jax.nn.softmax(logits / temperature), jnp.ones(2 * b)),
             "teacher_entropy": ssl.entropy(target),
-            "prototype_usage": ssl.usage(target, jnp.ones((2, b))),
             "feature_std": (known["cls"] / jnp.linalg.norm(known["cls"], axis=-1, keepdims=True))
             .std(0)
             .mean()
             * np.sqrt(self.config.model.width),
             "ema_momentum": self.momentum(step),
         }
+        cls = seen["cls"].reshape(b, 2, -1)
+        for name, spread_out in (("koleo", ssl.koleo), ("kde", ssl.kde)):
+            if c[name]:
+                metrics[f"loss/{name}"] = spread_out(cls[:, 0]) + spread_out(cls[:, 1])
+                loss += c[name] * metrics[f"loss/{name}"]
         aux = {
             "dino": ssl.moved_centre(aux["dino"], logits, jnp.ones(2 * b)),
-            "ibot": ssl.moved_centre(aux["ibot"], truth, jnp.ones(total)),
+            "ibot": ssl.moved_centre(aux["ibot"], truth, everywhere),
         }
         return loss, (metrics, aux)
+
+    def _kept(self, keys: Array, per_sample: int) -> Array | None:
+        """Which rows of (b * per_sample) each residual branch is computed for."""
+        depth, block = self.config.model.depth, self.config.batch.block
+        return drop_path_rows(keys, depth, self.config.loss.drop_path, block, per_sample)
 
     def product(self, params: Params) -> Params:
         return params["teacher"]["backbone"]
@@ -194,3 +218,20 @@ class DINOv2:
         parts = normalise(parts, tuple(self.config.views.mean), tuple(self.config.views.std))
         cls = self.backbone.apply({"params": product}, parts)["cls"]
         return cls.reshape(b, -1, cls.shape[-1]).mean(1)
+
+
+def _rows(x: Array) -> Array:
+    """(b, v, ...) to (b * v, ...): samples stay outermost, so that a sharded batch stays where it is."""
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def _gather(tokens: Array, rows: Array) -> Array:
+    """Tokens (b * v, n, …) at rows (blocks, t) of each block's tokens: (blocks * t, …)."""
+    tokens = tokens.reshape(len(rows), -1, *tokens.shape[2:])
+    taken = jax.vmap(lambda block, at: block[at])(tokens, rows)
+    return taken.reshape(-1, *taken.shape[2:])
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{name} = {value!r}", f"Expected one of {', '.join(allowed)}")

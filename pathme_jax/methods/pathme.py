@@ -22,18 +22,18 @@ from pathme_jax.losses import self_distillation as ssl
 from pathme_jax.losses.features import cosine_distance, effective_rank
 from pathme_jax.models.heads import PrototypeHead
 from pathme_jax.models.region import COARSE, FINE, HMSA, RegionEncoder, children_of
-from pathme_jax.models.transformer import drop_path_factors
+from pathme_jax.models.transformer import drop_path_rows, take_rows
 from pathme_jax.training.contract import TRAINED, BatchSpec, Config, EmaOf, Params, Rules
-from pathme_jax.training.keys import substream, substreams
+from pathme_jax.training.keys import substream
 from pathme_jax.training.schedules import cosine, linear
-from pathme_jax.views.masks import block_masks, mask_counts
+from pathme_jax.views import masks
 
 Array = jax.Array
 SCALES = ("fine", "coarse")  # 20x and 5x where the finest magnification is 20x
 SIDE = {"fine": FINE, "coarse": COARSE}  # tiles along a region's side
 CROPS = {"fine": 6, "coarse": 3}  # and along a local crop's
 SPATIAL, PROMPT = 0, 1
-MASK_BLOCK = 4
+BLOCK = 4  # regions in a logical block of masks and of drop path
 
 
 class PatHME:
@@ -59,8 +59,8 @@ class PatHME:
         self.encoder: Any = RegionEncoder(**config.model)
         self.hmsa: Any = HMSA(**config.hmsa)
         self.head: Any = PrototypeHead(**config.head)
-        self.counts = {
-            scale: mask_counts(config.batch.samples, side**2, (0.1, 0.5), 0.5, MASK_BLOCK)
+        self.masks = {
+            scale: masks.MaskPlan(shape=(side, side), per_sample=1, block=BLOCK)
             for scale, side in SIDE.items()
         }
         self.momentum = cosine(config.ema.start, config.ema.end, config.steps)
@@ -129,17 +129,16 @@ class PatHME:
     def views(self, batch: Mapping[str, Array], keys: Array) -> dict[str, Any]:
         """Whole grids with validity, masks for the student, spatial local crops of both scales.
 
-        The local crops of a scale are (l, b, s, s, f) with their validity beside them.
+        The local crops of a scale are (b, l, s, s, f) with their validity beside them.
         """
         views: dict[str, Any] = dict(batch)
         for i, scale in enumerate(SCALES):
             grid, valid = batch[scale], batch[f"{scale}_valid"]
-            where = substreams(substream(keys, 2 + i), self.config.views.local_crops)
-            views[f"{scale}_mask"] = block_masks(
-                substream(keys, i), self.counts[scale], (SIDE[scale], SIDE[scale])
+            views[f"{scale}_mask"] = masks.draw(self.masks[scale], substream(keys, i)).reshape(
+                valid.shape
             )
             views[f"{scale}_local"], views[f"{scale}_local_valid"] = _cut(
-                grid, valid, where, CROPS[scale]
+                grid, valid, substream(keys, 2 + i), CROPS[scale], self.config.views.local_crops
             )
         return views
 
@@ -156,15 +155,16 @@ class PatHME:
         b, crops = len(views["fine"]), self.config.views.local_crops
 
         # PMSD, DINO: each student scale against each teacher scale, whole grids and local crops.
-        logits = jnp.concatenate([self._project(teacher, known[s]["cls"]) for s in SCALES])
+        both = jnp.stack([known[s]["cls"] for s in SCALES], 1)
+        logits = self._project(teacher, _rows(both))
         target = ssl.assign(how, logits, aux["dino"], temperature, jnp.ones(2 * b))
-        target = target.reshape(2, b, -1)
+        target = target.reshape(b, 2, -1)
         centres = {"dino": ssl.moved_centre(aux["dino"], logits, jnp.ones(2 * b))}
         pairs = {}  # "dino/<student scale>_to_<teacher scale>"
         for scale in SCALES:
             own = self._project(student, seen[scale]["cls"])
             for j, other in enumerate(SCALES):
-                pairs[f"dino/{scale}_to_{other}"] = ssl.cross_entropy(own, target[j]).mean()
+                pairs[f"dino/{scale}_to_{other}"] = ssl.cross_entropy(own, target[:, j]).mean()
         terms: dict[str, Any] = {
             "dino_global": sum(pairs.values()) / (1 + crops),
             "dino_local": self._local_dino(student, views, target, keys) / (1 + crops),
@@ -175,8 +175,8 @@ class PatHME:
         # PMSD, iBOT: the masked tokens of a scale against the teacher's, averaged over regions.
         for scale in SCALES:
             at, weight = self._masked(views, scale)
-            hidden = self._project(student, _rows(seen[scale]["tokens"])[at])
-            truth = self._project(teacher, _rows(known[scale]["tokens"])[at])
+            hidden = self._project(student, take_rows(_rows(seen[scale]["tokens"]), at))
+            truth = self._project(teacher, take_rows(_rows(known[scale]["tokens"]), at))
             centre = aux[f"ibot_{scale}"]
             goal = ssl.assign(how, truth, centre, temperature, weight)
             terms["ibot"] += (ssl.cross_entropy(hidden, goal) * weight).sum() / b
@@ -193,7 +193,7 @@ class PatHME:
             **pairs,
             **ranks,
             "teacher_entropy": ssl.entropy(target),
-            "prototype_usage": ssl.usage(target, jnp.ones((2, b))),
+            "prototype_usage": ssl.usage(target, jnp.ones((b, 2))),
             "feature_std": (cls / jnp.linalg.norm(cls, axis=-1, keepdims=True)).std(0).mean()
             * np.sqrt(cls.shape[-1]),
             "ema_momentum": self.momentum(step),
@@ -209,48 +209,50 @@ class PatHME:
                 views[scale],
                 views[f"{scale}_valid"],
                 views[f"{scale}_mask"] if masked else None,
-                None if keys is None else self._keep(substream(keys, i)),
+                None if keys is None else self._kept(substream(keys, i), 1),
                 method=scale,
             )
         return out
 
-    def _keep(self, keys: Array) -> Array | None:
-        return drop_path_factors(keys, self.config.model.depth, self.config.loss.drop_path)
+    def _kept(self, keys: Array, per_region: int) -> Array | None:
+        """Which rows of (b * per_region) each residual branch is computed for."""
+        rate = self.config.loss.drop_path
+        return drop_path_rows(keys, self.config.model.depth, rate, BLOCK, per_region)
 
     def _project(self, weights: Params, x: Array) -> Array:
         return self.head.apply({"params": weights["head"]}, x)
 
     def _local_dino(self, student: Params, views: Any, target: Array, keys: Array) -> Array:
-        """Local crops, without prompts, against both teacher scales (2, b, k): the sum over crops of
+        """Local crops, without prompts, against both teacher scales (b, 2, k): the sum over crops of
         their means over regions. A crop without tissue does not count."""
         value = jnp.zeros(())
         for i, scale in enumerate(SCALES):
             grids, valid = views[f"{scale}_local"], views[f"{scale}_local_valid"]
-            crops, b = valid.shape[:2]
+            b, crops = valid.shape[:2]
             cls = self.encoder.apply(
                 {"params": student["encoder"]},
-                grids.reshape(crops * b, *grids.shape[2:]),
-                valid.reshape(crops * b, *valid.shape[2:]),
+                grids.reshape(b * crops, *grids.shape[2:]),
+                valid.reshape(b * crops, *valid.shape[2:]),
                 None,
-                self._keep(substreams(substream(keys, 2 + i), crops).reshape(-1)),
+                self._kept(substream(keys, 2 + i), crops),
                 method="fine",
             )["cls"]
-            logits = self._project(student, cls).reshape(crops, 1, b, target.shape[-1])
-            each = ssl.cross_entropy(logits, target).sum(1)
+            logits = self._project(student, cls).reshape(b, crops, 1, target.shape[-1])
+            each = ssl.cross_entropy(logits, target[:, None]).sum(-1)
             there = valid.any((2, 3)).astype(jnp.float32)
             value += crops * (each * there).sum() / jnp.maximum(there.sum(), 1.0)
         return value
 
     def _masked(self, views: Any, scale: str) -> tuple[Array, Array]:
-        """Rows of the flattened (b * n) tokens that are masked, and each one's weight.
+        """Rows of each block's tokens that are masked (blocks, t), and each one's weight (blocks * t,).
 
         A region's weights sum to 1 over its masked tissue; a masked cell without tissue has 0.
         """
         mask = views[f"{scale}_mask"].reshape(len(views[scale]), -1)
         tissue = views[f"{scale}_valid"].reshape(mask.shape)
-        at = jnp.nonzero(mask.reshape(-1), size=int(self.counts[scale].sum()))[0]
-        counted = jnp.maximum((mask & tissue).sum(1), 1)
-        return at, tissue.reshape(-1)[at] / counted[at // mask.shape[1]]
+        at = masks.rows(self.masks[scale], mask[:, None])
+        weight = tissue / jnp.maximum((mask & tissue).sum(1, keepdims=True), 1)
+        return at, take_rows(weight.reshape(-1), at)
 
     def _experts(self, params: Params, seen: Any, views: Any) -> Array:
         """MEKD: 1 - mean cos(W h, expert) over every valid 20x token of the masked student."""
@@ -323,14 +325,18 @@ def _rows(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def _cut(grid: Array, valid: Array, keys: Array, side: int) -> tuple[Array, Array]:
-    """Spatial crops, one a key: (b, h, w, f), (b, h, w), (l, b) to (l, b, side, side, f) and (l, b, side, side)."""
+def _cut(grid: Array, valid: Array, keys: Array, side: int, count: int) -> tuple[Array, Array]:
+    """`count` spatial crops a region: (b, h, w, f), (b, h, w), (b,) keys to (b, l, side, side, f) and
+    (b, l, side, side)."""
 
-    def one(values: Array, there: Array, key: Array) -> tuple[Array, Array]:
-        at = jax.random.randint(key, (2,), 0, grid.shape[1] - side + 1)
-        return (
-            jax.lax.dynamic_slice(values, (*at, 0), (side, side, values.shape[-1])),
-            jax.lax.dynamic_slice(there, tuple(at), (side, side)),
-        )
+    def region(values: Array, there: Array, key: Array) -> tuple[Array, Array]:
+        def crop(key: Array) -> tuple[Array, Array]:
+            at = jax.random.randint(key, (2,), 0, grid.shape[1] - side + 1)
+            return (
+                jax.lax.dynamic_slice(values, (*at, 0), (side, side, values.shape[-1])),
+                jax.lax.dynamic_slice(there, tuple(at), (side, side)),
+            )
 
-    return jax.vmap(jax.vmap(one), (None, None, 0))(grid, valid, keys)
+        return jax.vmap(crop)(jax.random.split(key, count))
+
+    return jax.vmap(region)(grid, valid, keys)

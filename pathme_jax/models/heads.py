@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pathme_jax.models.transformer import fan_in_normal, trunc_normal
+from pathme_jax.models.transformer import Dtype, fan_in_normal, trunc_normal
 
 Array = jax.Array
 
@@ -18,20 +18,34 @@ def unit(x: Array, axis: int = -1) -> Array:
 
 
 class PrototypeHead(nn.Module):
-    """DINO's head: MLP, L2-normalised bottleneck, weight-normalised prototypes (Caron 2021, App. C)."""
+    """DINO's head: MLP, L2-normalised bottleneck, weight-normalised prototypes (Caron 2021, App. C).
+
+    Weight normalisation is w = g v / ||v||. DINO fixes g = 1, so it is no parameter here, and a logit is
+    the cosine between a bottleneck and a prototype.
+
+    Attributes:
+        dtype: of the MLP and of the products with prototypes, which are summed in float32, as the two
+            normalisations are; parameters are float32.
+    """
 
     prototypes: int
     hidden: int = 2048
     bottleneck: int = 256
+    dtype: Dtype = "float32"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x: (..., d) to logits (..., prototypes) in fp32, each a cosine."""
+
+        def dense(width: int, name: str) -> nn.Dense:
+            return nn.Dense(width, kernel_init=fan_in_normal, dtype=self.dtype, name=name)
+
         for i in range(2):
-            x = nn.gelu(
-                nn.Dense(self.hidden, kernel_init=fan_in_normal, name=f"dense_{i}")(x),
-                approximate=False,
-            )
-        x = unit(nn.Dense(self.bottleneck, kernel_init=fan_in_normal, name="bottleneck")(x))
-        kernel = self.param("prototypes", trunc_normal, (self.bottleneck, self.prototypes))
-        return x @ unit(kernel, axis=0)
+            x = nn.gelu(dense(self.hidden, f"dense_{i}")(x), approximate=False)
+        x = unit(dense(self.bottleneck, "bottleneck")(x))
+        kernel = unit(
+            self.param("prototypes", trunc_normal, (self.bottleneck, self.prototypes)), axis=0
+        )
+        return jnp.matmul(
+            x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32
+        )

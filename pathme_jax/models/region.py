@@ -47,23 +47,23 @@ class RegionEncoder(nn.Module):
         self.deep_prompts = self.param(
             "prompts", nn.initializers.normal(1e-6), (self.depth, self.prompts, self.width)
         )
-        self.blocks = Stack(self.depth, self.heads, self.mlp_ratio, self.layer_scale)
+        self.blocks = Stack(self.depth, self.heads, self.mlp_ratio, layer_scale=self.layer_scale)
         self.norm = nn.LayerNorm(epsilon=1e-6)
 
     def fine(
-        self, grid: Array, valid: Array, mask: Array | None = None, keep: Array | None = None
+        self, grid: Array, valid: Array, mask: Array | None = None, kept: Array | None = None
     ) -> dict[str, Array]:
         """20x features, or any crop of a scale that gets no prompts.
 
         Args:
             grid: (b, h, w, f). valid, mask: (b, h, w) bool: tissue is there; content is hidden.
-            keep: (depth, 2, b) stochastic-depth factors.
+            kept: (depth, 2, blocks, k), see `drop_path_rows`.
         """
         x, seen = self._embed(grid, valid, mask)
-        return self._read(self.blocks(x, seen, keep))
+        return self._read(self.blocks([(x, seen, kept)])[0])
 
     def coarse(
-        self, grid: Array, valid: Array, mask: Array | None = None, keep: Array | None = None
+        self, grid: Array, valid: Array, mask: Array | None = None, kept: Array | None = None
     ) -> dict[str, Array]:
         """5x features. Each block gets its own prompts; what it made of the last ones is dropped."""
         x, seen = self._embed(grid, valid, mask)
@@ -71,7 +71,7 @@ class RegionEncoder(nn.Module):
         place = jnp.zeros((len(x), self.prompts, self.width), x.dtype)
         x = jnp.concatenate([x[:, :1], place, x[:, 1:]], 1)
         seen = jnp.concatenate([seen[:, :1], place[..., 0] == 0, seen[:, 1:]], 1)
-        x = self.blocks(x, seen, keep, self.deep_prompts)
+        (x,) = self.blocks([(x, seen, kept)], self.deep_prompts)
         tokens = jnp.concatenate([x[:, :1], x[:, slots:]], 1)
         return {**self._read(tokens), "prompts": x[:, 1:slots]}
 

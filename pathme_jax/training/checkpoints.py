@@ -4,13 +4,19 @@
 <workdir>/checkpoints/     Orbax, written asynchronously; a partial write is never listed
 <workdir>/metrics.jsonl    one line a logged step; the same for a resumed run
 <workdir>/timing.jsonl     images/s and the share of time spent waiting for data
+<workdir>/probe.jsonl      what a labelled set says of the features, by step
+<workdir>/tensorboard/     the same figures for TensorBoard
+<workdir>/views.png        a few augmented crops of the first batch
 <workdir>/product/         parameters that extract and export use
 <workdir>/product.json     written last: name, step, sha256 of those parameters
+<workdir>/best/            product/ and product.json of the step with the best probe
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +30,45 @@ from pathme_jax.files import atomic, provenance, read_json, write_json
 from pathme_jax.training.contract import Method, Params, flat, load_method, nested
 
 
-def manager(workdir: Path, every: int, keep: int) -> ocp.CheckpointManager:
+def manager(workdir: Path, keep: int) -> ocp.CheckpointManager:
+    """Of the newest `keep` checkpoints. The loop decides when one is due."""
     return ocp.CheckpointManager(
-        workdir.absolute() / "checkpoints",
-        options=ocp.CheckpointManagerOptions(save_interval_steps=every, max_to_keep=keep),
+        workdir.absolute() / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=keep)
     )
+
+
+def save(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> None:
+    """Copies the state to the host; the write itself goes on in the background.
+
+    Raises:
+        UserError: this write, or the one before it, failed.
+    """
+    with _writing(checkpoints):
+        checkpoints.save(step, args=ocp.args.StandardSave(state), force=True)
+
+
+def finish(checkpoints: ocp.CheckpointManager) -> None:
+    """Waits for the background write.
+
+    Raises:
+        UserError: it failed.
+    """
+    with _writing(checkpoints):
+        checkpoints.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _writing(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        saved = checkpoints.all_steps()
+        raise UserError(
+            f"{checkpoints.directory}: a checkpoint could not be written"
+            f" ({str(error).strip().splitlines()[0][:200]})",
+            f"The last good one is that of step {max(saved) if saved else 'none'}. Free space or mend the"
+            " disk, then run the same command",
+        ) from error
 
 
 def restore(checkpoints: ocp.CheckpointManager, like: Any) -> Any | None:
@@ -63,15 +103,19 @@ def fingerprint(params: Params) -> str:
     return digest.hexdigest()
 
 
-def write_product(workdir: Path, params: Params, *, step: int, identity: dict[str, Any]) -> None:
-    params = jax.tree.map(np.asarray, params)
-    with atomic(workdir / "product") as temporary, ocp.StandardCheckpointer() as checkpointer:
+def write_product(
+    workdir: Path, name: str, params: Params, *, step: int, identity: dict[str, Any], **more: Any
+) -> None:
+    """params: on the host, whole. Called by one process only. more: further entries of product.json."""
+    (workdir / "product.json").unlink(missing_ok=True)  # no old name over new parameters
+    with atomic(workdir / "product") as temporary, _checkpointer() as checkpointer:
         checkpointer.save(temporary.absolute(), params)
     sha = fingerprint(params)
     write_json(
         workdir / "product.json",
         {
-            "name": f"{workdir.name}-{sha[:8]}",
+            **more,
+            "name": f"{name}-{sha[:8]}",
             "sha256": sha,
             "step": step,
             "identity": identity,
@@ -81,8 +125,16 @@ def write_product(workdir: Path, params: Params, *, step: int, identity: dict[st
     )
 
 
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """One that waits for no other process."""
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)
+
+
 def load_product(workdir: str | Path) -> tuple[str, Method, Params]:
-    """(name, method, parameters) of a finished training run.
+    """(name, method, parameters) of a finished training run, or of its folder "best".
 
     Raises:
         UserError: no product there, or one whose parameters are not those it was written with.
@@ -94,12 +146,13 @@ def load_product(workdir: str | Path) -> tuple[str, Method, Params]:
             "Run `python -m pathme_jax.train` with this --workdir until it ends",
         )
     about = read_json(workdir / "product.json")
-    method = load_method(ConfigDict(read_json(workdir / "config.json")["config"]))
+    home = workdir if (workdir / "config.json").exists() else workdir.parent
+    method = load_method(ConfigDict(read_json(home / "config.json")["config"]))
     like = nested(
         {p: jax.ShapeDtypeStruct(tuple(s), np.dtype(t)) for p, (*s, t) in about["shapes"].items()}
     )
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             params = checkpointer.restore((workdir / "product").absolute(), like)
     except Exception as error:  # as in `restore`
         raise UserError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -23,23 +25,50 @@ from pathme_jax.training.contract import (
     resolve,
 )
 from pathme_jax.training.keys import sample_keys, stream_key
-from pathme_jax.training.sharding import DEFAULT, place
+from pathme_jax.training.sharding import DEFAULT, SAMPLES, place
 
 Array = jax.Array
 State = dict[str, Any]  # {"trained", "ema", "frozen": flat dicts; "opt", "aux"; "step": int32}
 
 
-def build(
-    method: Method, config: Config, batch: Mapping[str, Any], mesh: Mesh
-) -> tuple[State, Callable[[State, Mapping[str, Array]], tuple[State, dict[str, Array]]]]:
-    """The initial state, placed on the mesh, and the step function (state is donated).
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run that has not started: nothing is allocated, everything has its shape and place.
 
-    batch: one batch, or its `jax.ShapeDtypeStruct`s.
+    Attributes:
+        state: `State` of `jax.ShapeDtypeStruct` with shardings.
+        batch: the same for a batch.
+        init: () to the first state, made in its shards.
+        step: (state, batch) to (state, metrics), jitted; the state is donated.
+        follows: path of an EMA parameter to the path it follows.
+        table: one row a parameter, for `cost.table`.
     """
+
+    mesh: Mesh
+    state: State
+    batch: dict[str, jax.ShapeDtypeStruct]
+    init: Callable[[], State]
+    step: Any
+    follows: dict[str, str]
+    table: list[dict[str, Any]]
+
+
+def make_plan(method: Method, config: Config, batch: Mapping[str, Any], mesh: Mesh) -> Plan:
+    """batch: arrays of one global batch, or their `jax.ShapeDtypeStruct`s.
+
+    Raises:
+        UserError: a parameter no rule covers, an EMA of something untrained, a batch that does not divide.
+    """
+    samples = method.batch_spec.samples
+    if samples % mesh.size:
+        raise UserError(
+            f"{samples} samples a batch do not divide over {mesh.size} devices",
+            "Change config.batch.samples",
+        )
     shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
     key = stream_key(config.seed, "init")
-    abstract, _ = jax.eval_shape(lambda: method.init(key, shapes))
-    roles = resolve(method.roles, list(flat(abstract)), "role")
+    abstract = flat(jax.eval_shape(lambda: method.init(key, shapes))[0])
+    roles = resolve(method.roles, list(abstract), "role")
     trained = [p for p, (role, _) in roles.items() if role == TRAINED]
     frozen = [p for p, (role, _) in roles.items() if role == FROZEN]
     ema = {
@@ -52,7 +81,9 @@ def build(
             raise UserError(
                 f"{path} follows {source}, which is not trained", "Check the method's roles"
             )
-    init_opt, update = optimiser.make(config.optimiser, config.steps, trained)
+    init_opt, update = optimiser.make(
+        config.optimiser, config.steps, {p: abstract[p] for p in trained}
+    )
 
     def init() -> State:
         params, aux = method.init(key, shapes)
@@ -69,15 +100,9 @@ def build(
             "step": jnp.zeros((), jnp.int32),
         }
 
-    rules = [(str(a), str(b)) for a, b in config.get("sharding", ())] or DEFAULT
-    where = _shardings(jax.eval_shape(init), rules, mesh)
-    state = jax.jit(init, out_shardings=where)()
-
     def step(state: State, batch: Mapping[str, Array]) -> tuple[State, dict[str, Array]]:
         now = state["step"]
-        index = now.astype(jnp.uint32) * method.batch_spec.samples + jnp.arange(
-            method.batch_spec.samples, dtype=jnp.uint32
-        )
+        index = now.astype(jnp.uint32) * samples + jnp.arange(samples, dtype=jnp.uint32)
         views = method.views(batch, sample_keys(config.seed, "views", index))
         keys = sample_keys(config.seed, "loss", index)
 
@@ -103,15 +128,47 @@ def build(
         }
         return state, {"loss": value, **metrics, **norms}
 
-    data = NamedSharding(mesh, PartitionSpec("data"))
-    whole = NamedSharding(mesh, PartitionSpec())
-    compiled = jax.jit(
-        step,
-        in_shardings=(where, {k: data for k in batch}),
-        out_shardings=(where, whole),
-        donate_argnums=0,
+    def step_on_mesh(state: State, batch: Mapping[str, Array]) -> tuple[State, dict[str, Array]]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for `sharding.spread`
+            return step(state, batch)
+
+    rules = [(str(a), str(b)) for a, b in config.get("sharding", ())] or DEFAULT
+    state = jax.eval_shape(init)
+    where = _shardings(state, rules, mesh)
+    data = NamedSharding(mesh, SAMPLES)
+    rates = optimiser.rates(config.optimiser, {p: abstract[p] for p in trained})
+    table = [
+        {
+            "path": p,
+            "shape": abstract[p].shape,
+            "role": _part(role),
+            **rates.get(p, {}),
+            "sharding": str(where[_part(role)][p].spec),
+        }
+        for p, (role, _) in roles.items()
+    ]
+    return Plan(
+        mesh=mesh,
+        state=jax.tree.map(_placed, state, where),
+        batch={k: _placed(v, data) for k, v in shapes.items()},
+        init=jax.jit(init, out_shardings=where),
+        step=jax.jit(
+            step_on_mesh,
+            in_shardings=(where, dict.fromkeys(shapes, data)),
+            out_shardings=(where, NamedSharding(mesh, PartitionSpec())),
+            donate_argnums=0,
+        ),
+        follows={path: source for path, (_, source) in ema.items()},
+        table=table,
     )
-    return state, compiled
+
+
+def build(
+    method: Method, config: Config, batch: Mapping[str, Any], mesh: Mesh
+) -> tuple[State, Callable[[State, Mapping[str, Array]], tuple[State, dict[str, Array]]]]:
+    """The first state and the step of a plan."""
+    plan = make_plan(method, config, batch, mesh)
+    return plan.init(), plan.step
 
 
 def params_of(state: State) -> dict[str, Any]:
@@ -122,6 +179,20 @@ def params_of(state: State) -> dict[str, Any]:
 def saved_part(state: State) -> State:
     """What a checkpoint holds: everything but the frozen parameters, which have their own source."""
     return {k: v for k, v in state.items() if k != "frozen"}
+
+
+def on_host(tree: Any, mesh: Mesh) -> Any:
+    """Sharded arrays as whole NumPy arrays, on every process."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(np.asarray, jax.jit(lambda x: x, out_shardings=whole)(tree))
+
+
+def _part(role: Any) -> str:
+    return role if isinstance(role, str) else "ema"
+
+
+def _placed(shape: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
 
 
 def _shardings(shapes: Any, rules: Any, mesh: Mesh) -> Any:

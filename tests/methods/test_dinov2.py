@@ -135,9 +135,9 @@ def test_the_terms_are_those_of_the_recipe(world):
         return np.asarray(method.head.apply({"params": weights[name]}, x), np.float64)
 
     student, teacher = params["student"], params["teacher"]
-    seen = [backbone(student, views["globals"][v], views["mask"][v]) for v in (0, 1)]
-    known = [backbone(teacher, views["globals"][v]) for v in (0, 1)]
-    near = [backbone(student, crop)["cls"] for crop in views["locals"]]
+    seen = [backbone(student, views["globals"][:, v], views["mask"][:, v]) for v in (0, 1)]
+    known = [backbone(teacher, views["globals"][:, v]) for v in (0, 1)]
+    near = [backbone(student, views["locals"][:, i])["cls"] for i in range(LOCALS)]
     target = np.split(
         _sinkhorn(np.concatenate([head(teacher, "dino", k["cls"]) for k in known])), 2
     )
@@ -155,7 +155,7 @@ def test_the_terms_are_those_of_the_recipe(world):
         "koleo": 0.0,
         "ibot": 0.0,
     }
-    at = np.argwhere(np.asarray(views["mask"]))  # view, sample, token
+    at = np.argwhere(np.asarray(views["mask"]).swapaxes(0, 1))  # view, sample, token
     pick = lambda out: np.stack([np.asarray(out[v]["tokens"])[i, n] for v, i, n in at])  # noqa: E731
     goal = _sinkhorn(head(teacher, "ibot", pick(known)))
     each = _entropy(goal, head(student, "ibot", pick(seen)))
@@ -184,7 +184,7 @@ def test_the_student_sees_masked_globals_and_the_teacher_whole_ones(world):
     """Content under the student's mask reaches the loss through the teacher's targets alone: with the
     targets' side held still, KoLeo of the student's CLS does not move; the teacher's entropy does."""
     _, _, views, call = world
-    mask = np.asarray(views["mask"]).reshape(2, B, 4, 4)
+    mask = np.asarray(views["mask"]).reshape(B, 2, 4, 4)
     hidden = np.kron(mask, np.ones((8, 8)))[..., None].astype(bool)
     changed = {**views, "globals": jnp.where(hidden, 2.0, views["globals"])}
     before, after = call()[2], call(views=changed)[2]
@@ -195,13 +195,13 @@ def test_the_student_sees_masked_globals_and_the_teacher_whole_ones(world):
 # ---- masks, crops, targets ---------------------------------------------------------------------------
 
 
-def test_the_number_of_masked_tokens_is_a_constant_half_of_the_images(world):
+def test_the_number_of_masked_tokens_is_a_constant_over_half_of_the_images(world):
     method, _, views, _ = world
     per_image = np.asarray(views["mask"]).sum(-1)
-    assert per_image.sum() == method.counts.sum()
+    assert per_image.sum() == method.masks.total * B // method.masks.block
     assert (per_image > 0).sum() == B
     other = compiled(method.views)(_batch(1), sample_keys(0, "views", jnp.arange(B) + 77))
-    np.testing.assert_array_equal(np.asarray(other["mask"]).sum(-1), per_image)
+    assert sorted(np.asarray(other["mask"]).sum(-1).ravel()) == sorted(per_image.ravel())
     assert (np.asarray(other["mask"]) != np.asarray(views["mask"])).any()
 
 
@@ -209,22 +209,26 @@ def test_every_crop_of_a_sample_is_drawn_by_itself():
     config = _config(crops=3)
     method, batch = DINOv2(config), _batch()
     views = compiled(method.views)(batch, _keys())
-    assert views["globals"].shape == (2, B, 32, 32, 3) and views["locals"].shape == (
-        3,
-        B,
-        16,
-        16,
-        3,
-    )
-    assert np.abs(np.asarray(views["globals"][0] - views["globals"][1])).max() > 0.1
-    assert np.abs(np.asarray(views["locals"][0] - views["locals"][2])).max() > 0.1
+    assert views["globals"].shape == (B, 2, 32, 32, 3)
+    assert views["locals"].shape == (B, 3, 16, 16, 3)
+    assert np.abs(np.asarray(views["globals"][:, 0] - views["globals"][:, 1])).max() > 0.1
+    assert np.abs(np.asarray(views["locals"][:, 0] - views["locals"][:, 2])).max() > 0.1
     order = np.array([1, 0, 2, 3, 4, 5, 7, 6])
     swapped = compiled(method.views)({k: v[order] for k, v in batch.items()}, _keys()[order])
     for name in ("globals", "locals"):
-        np.testing.assert_allclose(swapped[name], np.asarray(views[name])[:, order], atol=1e-5)
+        np.testing.assert_allclose(swapped[name], np.asarray(views[name])[order], atol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"targets": "centring"}, {"crops": 0}, {"drop_path": 0.3}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"targets": "centring"},
+        {"crops": 0},
+        {"drop_path": 0.3},
+        {"ibot_head": "shared"},
+        {"koleo": 0.0, "kde": 0.05},
+    ],
+)
 def test_every_branch_of_the_configuration_gives_a_finite_loss(change):
     method, batch = DINOv2(_config(**change)), _batch()
 
@@ -240,9 +244,38 @@ def test_every_branch_of_the_configuration_gives_a_finite_loss(change):
     assert any(np.abs(np.asarray(c)).max() > 0 for c in aux.values())  # the centres moved
 
 
-def test_a_misspelt_kind_of_target_is_refused():
-    with pytest.raises(UserError, match="sinkhron"):
-        DINOv2(_config(targets="sinkhron"))
+def test_a_shared_head_has_one_set_of_prototypes():
+    for kind, heads in (("shared", {"dino"}), ("separate", {"dino", "ibot"})):
+        method = DINOv2(_config(ibot_head=kind))
+        params, _ = jax.eval_shape(lambda method=method: method.init(jax.random.key(0), {}))
+        assert set(params["student"]) == heads | {"backbone"}
+
+
+def test_pictures_show_crops_in_colour_with_their_masks_in_grey(world):
+    method, _, views, _ = world
+    rows = method.pictures(views)
+    assert {k: x.shape for k, x in rows.items()} == {
+        "global 1": (B, 32, 32, 3), "global 2": (B, 32, 32, 3), "local": (B, 16, 16, 3)
+    }  # fmt: skip
+    grey = (np.asarray(rows["global 1"]) == 0.5).all(-1)
+    masked = np.asarray(views["mask"])[:, 0].sum(1) * 64  # pixels of a patch
+    np.testing.assert_array_equal(grey.sum((1, 2)), masked)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c.loss.update(targets="sinkhron"), "sinkhron"),
+        (lambda c: c.loss.update(ibot_head="both"), "both"),
+        (lambda c: c.batch.update(samples=12), "no multiple of"),
+        (lambda c: c.views.local_crop.update(px=20), "local_crop.px = 20"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(change, said):
+    config = _config()
+    change(config)
+    with pytest.raises(UserError, match=said):
+        DINOv2(config)
 
 
 # ---- the product -------------------------------------------------------------------------------------

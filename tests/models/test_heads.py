@@ -30,3 +30,18 @@ def test_unit_has_a_finite_gradient_at_zero():
     slope = jax.grad(lambda x: unit(x).sum())(jnp.zeros(4))
     assert np.isfinite(np.asarray(slope)).all()
     np.testing.assert_allclose(jnp.linalg.norm(unit(jnp.array([3.0, 4.0]))), 1, rtol=1e-6)
+
+
+def test_half_precision_logits_are_summed_in_float32():
+    """Products in bfloat16, sums and both normalisations not: a cosine of many terms keeps its digits."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)), jnp.float32)
+    full, half = (
+        PrototypeHead(prototypes=16, hidden=8, bottleneck=512, dtype=dtype)
+        for dtype in ("float32", "bfloat16")
+    )
+    params = jax.jit(full.init)(jax.random.key(0), x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    out = jax.jit(half.apply)(params, x)
+    assert out.dtype == jnp.float32
+    assert (out != out.astype(jnp.bfloat16).astype(jnp.float32)).any()  # finer than bfloat16
+    np.testing.assert_allclose(out, full.apply(params, x), atol=0.01)

@@ -57,3 +57,28 @@ def test_a_sample_is_encoded_alike_in_every_slot_of_the_batch(vit):
     out, other = apply(params, images), apply(params, images[order])
     np.testing.assert_allclose(other["cls"], out["cls"][order], atol=1e-6)
     np.testing.assert_allclose(other["tokens"], out["tokens"][order], atol=1e-6)
+
+
+def test_several_sizes_at_once_give_what_each_gives_alone(vit):
+    apply, params, images = vit
+    model = ViT(patch=4, width=12, depth=2, heads=3, layer_scale=1.0, registers=2, grid=4)
+    mask = jnp.zeros((3, 16), bool).at[:, 6].set(True)
+    small = images[:2, :8, :12]
+    groups = [(images, mask, None), (small, None, None)]
+    out = jax.jit(lambda p, groups: model.apply(p, groups, method="groups"))(params, groups)
+    for got, want in zip(out, (apply(params, images, mask), apply(params, small)), strict=True):
+        np.testing.assert_allclose(got["cls"], want["cls"], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(got["tokens"], want["tokens"], rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_is_of_the_computation_not_of_the_parameters(vit):
+    apply, params, images = vit
+    model = ViT(
+        patch=4, width=12, depth=2, heads=3, layer_scale=1.0, registers=2, grid=4, dtype="bfloat16"
+    )
+    fresh = jax.eval_shape(model.init, jax.random.key(0), images)
+    assert {leaf.dtype for leaf in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
+    out = jax.jit(model.apply)(params, images)["tokens"]
+    assert out.dtype == jnp.bfloat16
+    gap = np.asarray(out.astype(jnp.float32) - apply(params, images)["tokens"])
+    assert 1e-4 < np.abs(gap).max() < 0.1

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +15,12 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
+from configs.dinov2 import get_config as full_recipe
 from pathme_jax.errors import UserError
 from pathme_jax.training import optimiser
-from pathme_jax.training.contract import load_method, resolve
+from pathme_jax.training.contract import flat, load_method, resolve
 from pathme_jax.training.keys import sample_keys
 from pathme_jax.training.schedules import cosine, linear
-from pathme_jax.training.sharding import make_mesh, place
 
 
 def test_cosine_schedule_meets_its_corners():
@@ -64,7 +70,7 @@ def test_adamw_agrees_with_optax():
     """Twenty steps of our update and of optax.adamw on the same gradients."""
     key = jax.random.key(0)
     weights = {"a/b/kernel": jax.random.normal(key, (4, 3)), "a/c/bias": jnp.ones(3)}
-    init, update = optimiser.make(settings(), 100, list(weights))
+    init, update = optimiser.make(settings(), 100, weights)
     theirs = optax.adamw(1e-2, 0.9, 0.999, weight_decay=0.1)
     mine, state, expected, other = weights, init(weights), weights, theirs.init(weights)
     for step in range(20):
@@ -84,7 +90,7 @@ def test_multipliers_freeze_and_spare_by_path():
         "lr_multipliers": ((".*kernel", 0.0), (".*", 1.0)),
         "decay_multipliers": ((".*bias", 0.0), (".*", 1.0)),
     }
-    init, update = optimiser.make(settings(**rules), 10, list(weights))
+    init, update = optimiser.make(settings(**rules), 10, weights)
     new, _, _ = update({p: jnp.zeros(2) for p in weights}, init(weights), weights, jnp.array(0))
     assert (new["x/y/kernel"] == 1).all() and (new["x/y/bias"] == 1).all()
     new, _, _ = update({p: jnp.ones(2) for p in weights}, init(weights), weights, jnp.array(0))
@@ -105,7 +111,7 @@ def test_clipping_is_per_submodule():
 
 def test_the_update_clips_before_its_moments():
     weights = {"student/head/a": jnp.zeros(4)}
-    init, update = optimiser.make(settings(clip=3.0), 10, list(weights))
+    init, update = optimiser.make(settings(clip=3.0), 10, weights)
     grads = {"student/head/a": jnp.full(4, 100.0)}
     _, state, metrics = update(grads, init(weights), weights, jnp.array(0))
     assert float(jnp.linalg.norm(state.mu["student/head/a"])) == pytest.approx(0.1 * 3.0, rel=1e-5)
@@ -117,15 +123,103 @@ def test_a_parameter_no_rule_covers_is_named():
         resolve([("student/.*", 1.0)], ["student/x", "teacher/x"], "lr")
 
 
-def test_fsdp_shards_the_largest_dimension_the_mesh_divides():
-    shapes = {"a": jax.ShapeDtypeStruct((3, 8), jnp.float32)}
-    mesh = make_mesh()
-    assert place(shapes, [(".*", "fsdp")], mesh)["a"].spec == jax.sharding.PartitionSpec(
-        None, "data"
+def dinov2_rates() -> dict:
+    """Learning-rate multipliers of ViT-L/16 by configs/dinov2.py."""
+    config = full_recipe("L/16")
+    method = load_method(config)
+    params, _ = jax.eval_shape(lambda: method.init(jax.random.key(0), {}))
+    shapes = {p: x for p, x in flat(params).items() if p.startswith("student")}
+    return optimiser.rates(config.optimiser, shapes)
+
+
+def test_layer_wise_decay_is_dinov2s():
+    """METHODS 1.2: 0.9^(depth + 1 - layer), embeddings and tokens at layer 0, patch embedding x 0.2 more,
+    heads and the last norm 1; no decay of biases, norms, LayerScale; prototypes frozen for an epoch."""
+    rate = dinov2_rates()
+    d = 24
+    block = "student/backbone/blocks/layers/block"
+    np.testing.assert_allclose(
+        np.squeeze(rate[f"{block}/mlp/up/kernel"]["lr"]),
+        [0.9 ** (d + 1 - layer) for layer in range(1, d + 1)],
+        rtol=1e-6,
     )
-    assert place(shapes, [(".*", "replicate")], mesh)["a"].spec == jax.sharding.PartitionSpec()
-    with pytest.raises(UserError, match="tensor"):
-        place(shapes, [(".*", "tensor")], mesh)
+    assert rate[f"{block}/mlp/up/kernel"]["lr"].shape == (24, 1, 1)
+    for token in ("cls_token", "mask_token", "positions", "registers"):
+        assert rate[f"student/backbone/{token}"]["lr"] == pytest.approx(0.9 ** (d + 1))
+    assert rate["student/backbone/patch_embed/kernel"]["lr"] == pytest.approx(0.2 * 0.9 ** (d + 1))
+    for path in ("student/backbone/norm/scale", "student/dino/dense_0/kernel"):
+        assert rate[path]["lr"] == 1.0
+    spared = [p for p, r in rate.items() if r["decay"] == 0.0]
+    assert all(re.search("bias|scale|norm|token|positions|registers", p) for p in spared)
+    assert {f"{block}/scale_mlp", f"{block}/attention/qkv/bias"} <= set(spared)
+    assert f"{block}/attention/qkv/kernel" not in spared
+    assert {p: r["frozen_until"] for p, r in rate.items() if r["frozen_until"]} == {
+        "student/dino/prototypes": 1250
+    }
+
+
+def test_the_last_layer_is_frozen_then_moves_and_each_layer_moves_at_its_rate():
+    weights = {"s/h/prototypes": jnp.ones(3), "s/b/layers/w": jnp.ones((2, 3))}
+    rules = {
+        "frozen_until": ((".*prototypes", 4), (".*", 0)),
+        "layers": ((".*layers.*", "each"), (".*", "last")),
+        "layer_decay": 0.5,
+    }
+    init, update = optimiser.make(settings(weight_decay=0.0, **rules), 10, weights)
+    grads, state, before = jax.tree.map(jnp.ones_like, weights), init(weights), weights
+    for step in range(6):
+        after, state, _ = update(grads, state, before, jnp.array(step))
+        moved = {p: np.asarray(before[p] - after[p]) for p in weights}
+        assert (moved["s/h/prototypes"] == 0).all() == (step < 4)
+        low, high = moved["s/b/layers/w"]
+        np.testing.assert_allclose(high, 2 * low, rtol=1e-3)
+        before = after
+
+
+def test_a_misspelt_kind_of_layer_is_refused():
+    with pytest.raises(UserError, match="frist"):
+        optimiser.rates(settings(layers=((".*", "frist"),)), {"a/b/c": jnp.ones(1)})
+
+
+EIGHT = """
+import jax
+jax.config.update("jax_platforms", "cpu"); jax.config.update("jax_num_cpu_devices", 8)
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from pathme_jax.errors import UserError
+from pathme_jax.training.sharding import make_mesh, place
+
+assert dict(make_mesh({"data": -1, "fsdp": 4}).shape) == {"data": 2, "fsdp": 4, "prototypes": 1}
+assert dict(make_mesh().shape) == {"data": 8, "fsdp": 1, "prototypes": 1}
+for wrong, said in (({"data": 3}, "does not make 8"), ({"model": 8}, "'model'"), ({"fsdp": -1, "data": 3}, "8")):
+    try:
+        make_mesh(wrong)
+    except UserError as error:
+        assert said in str(error), error
+    else:
+        raise AssertionError(wrong)
+
+mesh = make_mesh({"data": 2, "fsdp": 2, "prototypes": 2})
+shapes = {"a": jax.ShapeDtypeStruct((3, 8), jnp.float32), "b": jax.ShapeDtypeStruct((3,), jnp.float32)}
+cut = place(shapes, [(".*", "fsdp")], mesh)
+assert cut["a"].spec == P(None, "fsdp") and cut["b"].spec == P()
+assert place(shapes, [(".*", "replicate")], mesh)["a"].spec == P()
+last = place({"a": shapes["a"]}, [(".*", "prototypes")], mesh)["a"]
+assert last.shard_shape((3, 8)) == (3, 2)
+for rule, said in (("tensor", "tensor"), ("prototypes", "does not divide")):
+    try:
+        place({"b": shapes["b"]}, [(".*", rule)], mesh)
+    except UserError as error:
+        assert said in str(error), error
+    else:
+        raise AssertionError(rule)
+"""
+
+
+def test_meshes_and_sharding_rules():
+    """On eight devices: sizes with -1, the largest dimension, prototypes, and what is refused."""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", EIGHT], env=env, check=True)
 
 
 def test_a_method_that_cannot_be_imported_is_named():

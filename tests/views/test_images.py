@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from pathme_jax.views.images import GREY, Crop, crops, normalise
+from pathme_jax.errors import UserError
+from pathme_jax.views import images
+from pathme_jax.views.images import FROM_RGB, GREY, HED, Crop, crops, many, normalise, translation
 
-PLAIN = dict(aspect=(1.0, 1.0), blur=0.0, jitter=(0.0, 0.0, 0.0, 0.0), grey=0.0)
-make = jax.jit(
-    crops,
-    static_argnums=2,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
+PLAIN: Any = dict(aspect=(1.0, 1.0), blur=0.0, jitter=(0.0, 0.0, 0.0, 0.0), grey=0.0)
+QUICK: Any = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+make = jax.jit(crops, static_argnums=2, compiler_options=QUICK)
 
 
 def _keys(n: int, seed: int = 0) -> jax.Array:
@@ -33,15 +35,131 @@ def _dihedral(image: np.ndarray) -> list[np.ndarray]:
     return turned + [t[:, ::-1] for t in turned]
 
 
-def test_a_crop_of_the_whole_window_is_the_window_up_to_a_flip_or_quarter_turn():
-    windows = _windows(40)
-    out = np.asarray(make(windows, _keys(40), Crop(px=24, scale=(1.0, 1.0), **PLAIN)))
-    seen = set()
+@pytest.mark.parametrize(
+    ("turns", "expected"), [("none", {0}), ("flip", {0, 2, 4, 6}), ("all", set(range(8)))]
+)
+def test_a_crop_of_the_whole_window_is_the_window_up_to_a_flip_or_quarter_turn(turns, expected):
+    windows, kind = _windows(80), Crop(px=24, scale=(1.0, 1.0), turns=turns, **PLAIN)
+    out = np.asarray(make(windows, _keys(80), kind))
+    seen = []
     for window, image in zip(windows, out, strict=True):
         errors = [np.abs(image - t / 255).max() for t in _dihedral(window)]
         assert min(errors) < 1e-5
-        seen.add(int(np.argmin(errors)))
-    assert seen == set(range(8))  # all eight, so glands have no up
+        seen.append(int(np.argmin(errors)))
+    assert set(seen) == expected
+    assert np.bincount(seen).max() < 2 * 80 / len(expected) or turns == "none"
+
+
+def test_a_misspelt_turn_is_refused():
+    with pytest.raises(UserError, match="none, flip, all"):
+        Crop(px=8, scale=(1.0, 1.0), turns="half")
+
+
+@pytest.mark.parametrize(
+    "box", [(3.3, 10.7, 200.1, 150.2), (40.0, 0.0, 100.0, 110.5), (90, 90, 40, 40)]
+)
+def test_resizing_agrees_with_pillow(box):
+    """Left, top, width, height of a smooth picture with grain, made smaller and larger."""
+    top, left, height, width = box
+    side, px = 256, 96
+    y, x = np.mgrid[0:side, 0:side] / side
+    waves = np.stack([np.sin(9 * x + 5 * y), np.cos(20 * x * y), np.sin(40 * y)], -1)
+    noise = np.random.default_rng(0).normal(size=waves.shape) * 0.2
+    picture = np.clip((waves + noise) * 100 + 128, 0, 255).astype(np.uint8)
+    weigh = jax.jit(images._resampling, static_argnums=(0, 1), compiler_options=QUICK)
+    rows = weigh(px, side, top, height, 0.0, False)
+    columns = weigh(px, side, left, width, 0.0, False)
+    ours = np.einsum("oh,pw,hwc->opc", rows, columns, picture, optimize=True)
+    resized = Image.fromarray(picture).resize(
+        (px, px), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
+    )
+    error = np.abs(ours - np.asarray(resized))
+    assert error.mean() < 0.5 and error.max() < 2  # of 255; Pillow rounds twice, to whole levels
+
+
+def _extents(kind: Crop, side: int, n: int = 80) -> np.ndarray:
+    """(n, 2) rows and columns of the window that n crops of it span."""
+    row, column = np.mgrid[0:side, 0:side].astype(np.uint8)
+    window = np.stack([row, column, 0 * row], -1)
+    out = np.asarray(make(np.repeat(window[None], n, 0), _keys(n), kind)) * 255
+    edge = kind.px // 4  # the inner half is free of the border's renormalised weights
+    inner = out[:, edge:-edge, edge:-edge, :2].reshape(n, -1, 2)
+    return np.ptp(inner, axis=1) * kind.px / (kind.px - 2 * edge - 1)
+
+
+@pytest.mark.parametrize(("px", "window"), [(56, 98), (56, 61)])
+def test_translated_crops_keep_the_magnification_within_10_percent_and_move(px, window):
+    kind = Crop(**translation(px, window), turns="none", blur=0.0, jitter=(0.0,) * 4, grey=0.0)
+    zoom = _extents(kind, window) / px
+    assert 0.9 < zoom.min() < 0.96 and 1.04 < zoom.max() < 1.1
+    ratio = zoom[:, 0] / zoom[:, 1]
+    assert 0.945 < ratio.min() < 0.97 and 1.03 < ratio.max() < 1.055
+
+
+def test_a_window_too_small_to_translate_in_is_refused():
+    with pytest.raises(UserError, match="needs up to 241 px of a window of 240"):
+        translation(224, 240)
+    translation(224, 241)
+
+
+def test_many_crops_of_a_window_are_sample_major_and_each_its_own():
+    windows, keys, kind = _windows(3), _keys(3), Crop(px=12, scale=(0.2, 0.5))
+    several = jax.jit(many, static_argnums=(2, 3), compiler_options=QUICK)
+    out = np.asarray(several(windows, keys, kind, 4))
+    assert out.shape == (3, 4, 12, 12, 3)
+    for i in range(3):
+        alone = make(np.repeat(windows[i : i + 1], 4, 0), jax.random.split(keys[i], 4), kind)
+        np.testing.assert_allclose(out[i], alone, atol=1e-6)
+    assert all(np.abs(out[:, i] - out[:, j]).mean() > 0.01 for i in range(4) for j in range(i))
+    order = np.array([2, 0, 1])
+    np.testing.assert_allclose(several(windows[order], keys[order], kind, 4), out[order], atol=1e-6)
+
+
+def _jittered(image: np.ndarray, strength: np.ndarray, grey: bool) -> np.ndarray:
+    """Brightness, contrast, saturation, hue and grey one after another, (h, w, 3), in float64."""
+    mean = lambda x: x @ GREY.astype(float)  # noqa: E731
+    image = image * (1 + strength[0])
+    image = mean(image).mean() + (image - mean(image).mean()) * (1 + strength[1])
+    image = mean(image)[..., None] + (image - mean(image)[..., None]) * (1 + strength[2])
+    angle, axis = strength[3] * 2 * np.pi, np.full(3, 3**-0.5)
+    image = (  # Rodrigues
+        image * np.cos(angle)
+        + np.cross(axis, image) * np.sin(angle)
+        + (image @ axis)[..., None] * axis * (1 - np.cos(angle))
+    )
+    return np.repeat(mean(image)[..., None], 3, -1) if grey else image
+
+
+def test_colour_in_one_matrix_is_the_steps_one_after_another():
+    rng = np.random.default_rng(4)
+    kind = Crop(
+        px=6, scale=(1.0, 1.0), jitter=(0.4, 0.3, 0.2, 0.1), grey=0.5, solarize=0.5, hed=0.2
+    )
+    colour = jax.jit(images._colour, static_argnums=4, compiler_options=QUICK)
+    for _ in range(12):
+        image, jitter, chance, stain = (rng.random(n) for n in ((5, 6, 3), 4, 4, 6))
+        jitter[:2] *= 0.3  # towards darker and duller, so that little is clipped
+        ours = colour(image.transpose(2, 0, 1), jitter, chance, stain, kind)
+
+        factor, shift = (2 * stain.reshape(2, 3) - 1) * 0.2
+        density = -np.log(np.maximum(image, 1 / 255)) @ FROM_RGB
+        stained = np.exp(-(density * (1 + factor) + 0.2 * shift) @ HED)
+        strength = (2 * jitter - 1) * kind.jitter * (chance[1] < 0.8)
+        expected = np.clip(_jittered(stained, strength, bool(chance[2] < 0.5)), 0, 1)
+        if chance[3] < 0.5:
+            expected = np.where(expected > 0.5, 1 - expected, expected)
+        wrong = np.abs(np.asarray(ours).transpose(1, 2, 0) - expected) > 1e-5
+        assert wrong.mean() < 0.02  # a value within rounding of 0.5 may be solarized or not
+
+
+@pytest.mark.parametrize(
+    "what", [{"hed": 0.3, "hed_p": 0.4}, {"jitter": (0.4,) * 4, "jitter_p": 0.4}]
+)
+def test_stain_and_colour_jitter_happen_with_their_probability(what):
+    plain = _one_colour(Crop(px=4, scale=(1.0, 1.0), **PLAIN))[0]
+    out = _one_colour(Crop(px=4, scale=(1.0, 1.0), **{**PLAIN, **what}))
+    changed = np.abs(out - plain).max(1) > 1e-4
+    assert 0.3 < changed.mean() < 0.5
 
 
 def test_halving_a_window_is_an_antialiased_average():
@@ -60,19 +178,22 @@ def test_halving_a_window_is_an_antialiased_average():
 @pytest.mark.parametrize("scale", [(0.05, 0.32), (0.16, 0.45), (0.32, 1.0)])
 def test_a_crop_takes_its_share_of_the_window_within_the_aspect(scale):
     """A window whose red is the row and green the column tells where a crop came from."""
-    side, n = 96, 60
-    row, column = np.mgrid[0:side, 0:side].astype(np.uint8)
-    window = np.stack([row, column, 0 * row], -1)
     kind = Crop(px=48, scale=scale, **{**PLAIN, "aspect": (0.75, 4 / 3)})
-    out = np.asarray(make(np.repeat(window[None], n, 0), _keys(n), kind)) * 255
-    for image in out:
-        # the inner half is free of the border's renormalised weights
-        inner = image[12:36, 12:36, :2].reshape(-1, 2)
-        extent = (inner.max(0) - inner.min(0)) * 48 / 23
-        area, ratio = extent[0] * extent[1] / side**2, extent[0] / extent[1]
-        assert scale[0] * 0.97 < area < scale[1] * 1.03
-        assert 0.75 * 0.97 < ratio < 4 / 3 * 1.03
-    assert out[..., :2].min() < 3 and out[..., :2].max() > side - 4  # reaches every edge
+    extent = _extents(kind, side=96)
+    area, ratio = extent.prod(1) / 96**2, extent[:, 0] / extent[:, 1]
+    assert (scale[0] * 0.97 < area).all() and (area < scale[1] * 1.03).all()
+    assert (0.75 * 0.97 < ratio).all() and (ratio < 4 / 3 * 1.03).all()
+    # the turned crop of a window is that of the turned window, so the longer side may be either
+    assert ratio.min() < 0.85 and ratio.max() > 1.2
+
+
+def test_crops_reach_every_edge_of_the_window():
+    row, column = np.mgrid[0:96, 0:96].astype(np.uint8)
+    window = np.stack([row, column, 0 * row], -1)
+    kind = Crop(px=32, scale=(0.1, 0.2), **PLAIN)
+    out = np.asarray(make(np.repeat(window[None], 80, 0), _keys(80), kind)) * 255
+    for axis in (0, 1):
+        assert out[..., axis].min() < 3 and out[..., axis].max() > 93
 
 
 def test_cutting_the_smallest_square_first_changes_nothing_inside():
@@ -98,7 +219,7 @@ def test_the_mean_colour_survives_without_jitter():
     np.testing.assert_allclose(out, flat[:, :20, :20] / 255, atol=1e-5)
 
 
-STRONG = dict(
+STRONG: Any = dict(
     px=16, scale=(0.1, 1.0), jitter=(0.9, 0.9, 0.9, 0.5), grey=0.3, solarize=0.3, hed=0.5, blur=0.5
 )
 
