@@ -15,10 +15,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +77,20 @@ def torch_batches(folder: Path, spec: BatchSpec, workers: int) -> Iterator[Any]:
 
 
 def raw_batches(folder: Path, spec: BatchSpec) -> Iterator[None]:
+    """As many threads as the pipeline has, since two busy cores are each slower than one."""
     source: Any = open_source(folder, spec)
     chosen = np.random.default_rng(0).permutation(len(source))[:64]
     jpegs = [source[int(i)]["image"] for i in chosen]
-    while True:
-        for jpeg in np.random.default_rng(0).permutation(np.array(jpegs, object))[
-            : spec.samples // spec.windows_per_field
-        ]:
-            fields.decode(jpeg)
-        yield None
+
+    def decode(jpeg: bytes) -> None:
+        fields.decode(jpeg)  # and forget it: keeping pixels would cost fresh memory
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        for start in itertools.count(0, spec.samples // spec.windows_per_field):
+            some = range(start, start + spec.samples // spec.windows_per_field)
+            for _ in threads.map(decode, [jpegs[i % len(jpegs)] for i in some]):
+                pass
+            yield None
 
 
 def cpu_seconds() -> float:

@@ -163,7 +163,7 @@ def ours(method: DINOv2, config: Any, given: dict[str, np.ndarray]) -> Side:
         return state, {"loss": value, **metrics, **norms}
 
     flops = matmul_flops(step, state, views)
-    jitted = jax.jit(step, donate_argnums=0)
+    jitted: Any = jax.jit(step, donate_argnums=0)
     now: dict[str, Any] = {"state": state}
 
     def run() -> None:
@@ -358,7 +358,8 @@ def pytorch(config: Any, given: dict[str, np.ndarray], device: str, compiled: bo
 
     def step() -> None:
         adam.zero_grad(set_to_none=True)
-        now["loss"] = losses(*student(), teacher())
+        seen, near = student()
+        now["loss"] = losses(seen, near, teacher())
         now["loss"].backward()
         update()
 
@@ -475,7 +476,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if (jax.default_backend() == "gpu") != (device == "cuda"):
         raise SystemExit(f"JAX runs on {jax.default_backend()}, PyTorch on {device}")
-    torch.set_num_threads(os.cpu_count() or 1)  # as XLA
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # as XLA
     if args.precision == "float32":  # without TF32, as torch's default
         jax.config.update("jax_default_matmul_precision", "highest")
     config = configuration(args)
@@ -497,7 +498,7 @@ def main() -> None:
     print(
         f"ViT-{args.size}/16, batch {args.batch}, crops {args.crops}, {args.prototypes} prototypes,"
         f" {args.precision}, drop path {args.drop_path}, on {jax.devices()[0].device_kind}"
-        f" ({os.cpu_count()} cores, load {os.getloadavg()[0]:.1f});"
+        f" ({len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f});"
         f" {args.repeats} turns of {args.steps} steps\n"
     )
     times: dict[str, list[float]] = {name: [] for name in sides}

@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pathme_jax.models.placement import by_sample, whole
+
 Array = jax.Array
 Dtype = Any
 Group = tuple[Array, "Array | None", "Array | None"]  # tokens, valid, kept: see Stack
@@ -118,8 +120,9 @@ class Block(nn.Module):
         mlp = FeedForward(self.ffn, self.mlp_ratio, self.dtype, name="mlp")
 
         def branch(name: str, x: Array, valid: Array | None) -> Array:
+            x = by_sample(x)
             y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=f"norm_{name}")(x)
-            y = attention(y, valid) if name == "attention" else mlp(y)
+            y = by_sample(attention(y, valid) if name == "attention" else mlp(y))
             if not self.layer_scale:
                 return y
             initial = nn.initializers.constant(self.layer_scale)
@@ -174,8 +177,10 @@ class Stack(nn.Module):
         if self.remat not in REMAT:
             raise ValueError(f"remat={self.remat!r}; expected one of {', '.join(REMAT)}")
         layer: Any = _Layer
+        if not self.is_initializing():
+            layer = nn.map_variables(_Layer, "params", lambda p: whole(p, self.dtype))
         if self.remat != "none":
-            layer = nn.remat(_Layer, prevent_cse=False, policy=REMAT[self.remat])
+            layer = nn.remat(layer, prevent_cse=False, policy=REMAT[self.remat])
         tokens, valid, kept = ([group[i] for group in groups] for i in range(3))
         layers = nn.scan(
             layer,
@@ -232,6 +237,7 @@ class _Layer(nn.Module):
         )
         out = []
         for x, seen, rows in zip(tokens, valid, kept, strict=True):
+            x = by_sample(x)
             if prompts is not None:
                 count, width = prompts.shape
                 fresh = jnp.broadcast_to(prompts.astype(x.dtype), (len(x), count, width))

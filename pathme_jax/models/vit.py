@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pathme_jax.models.placement import by_sample
 from pathme_jax.models.transformer import (
     Dtype,
     Group,
@@ -110,7 +111,7 @@ class ViT(nn.Module):
         rows, columns = h // self.patch, w // self.patch
         patches = images.reshape(b, rows, self.patch, columns, self.patch, 3)
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, rows * columns, 3 * self.patch**2)
-        tokens = self.patch_embed(patches)
+        tokens = by_sample(self.patch_embed(by_sample(patches)))
         if mask is not None:
             tokens = jnp.where(mask[..., None], self.mask_token.astype(tokens.dtype), tokens)
         positions = resize_positions(self.positions, (rows, columns))

@@ -64,8 +64,7 @@ def _writing(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
     except Exception as error:  # Orbax and TensorStore raise many kinds
         saved = checkpoints.all_steps()
         raise UserError(
-            f"{checkpoints.directory}: a checkpoint could not be written"
-            f" ({str(error).strip().splitlines()[0][:200]})",
+            f"{checkpoints.directory}: a checkpoint could not be written ({_line(error)})",
             f"The last good one is that of step {max(saved) if saved else 'none'}. Free space or mend the"
             " disk, then run the same command",
         ) from error
@@ -87,10 +86,13 @@ def restore(checkpoints: ocp.CheckpointManager, like: Any) -> Any | None:
         Exception
     ) as error:  # Orbax raises many kinds; every one means this checkpoint is unusable
         raise UserError(
-            f"{checkpoints.directory}/{step} cannot be restored into this model"
-            f" ({str(error).splitlines()[0][:200]})",
+            f"{checkpoints.directory}/{step} cannot be restored into this model ({_line(error)})",
             "Delete that step's folder to go on from the one before, or use another --workdir",
         ) from error
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0][:200]
 
 
 def fingerprint(params: Params) -> str:
@@ -156,7 +158,7 @@ def load_product(workdir: str | Path) -> tuple[str, Method, Params]:
             params = checkpointer.restore((workdir / "product").absolute(), like)
     except Exception as error:  # as in `restore`
         raise UserError(
-            f"{workdir}/product cannot be read ({str(error).splitlines()[0][:200]})",
+            f"{workdir}/product cannot be read ({_line(error)})",
             f"Delete {workdir}/product.json and rerun the training command",
         ) from error
     params = jax.tree.map(np.asarray, params)

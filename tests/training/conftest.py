@@ -76,15 +76,31 @@ class Outside:
     config: Any
     folder: Path
 
-    def start(self, name: str, *flags: str, launcher: str = "") -> subprocess.Popen[str]:
-        """`python -m pathme_jax.train` into <folder>/<name>, or the code of another launcher."""
+    def start(self, name: str) -> subprocess.Popen[bytes]:
+        """`python -m pathme_jax.train` into <folder>/<name>."""
+        command, env = self._command(name, (), "")
+        with open(self.folder / f"{name}.log", "w") as log:
+            return subprocess.Popen(command, env=env, stderr=log)
+
+    def refused(self, name: str, *flags: str, launcher: str = "") -> str:
+        """The last line on stderr of a run that must end with 2. (Orbax logs a failed write before it.)
+
+        launcher: code that ends by running what `python -m` would.
+        """
+        command, env = self._command(name, flags, launcher)
+        done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, timeout=120)
+        assert done.returncode == 2, done.stderr[-2000:]
+        return done.stderr.strip().splitlines()[-1]
+
+    def _command(
+        self, name: str, flags: tuple[str, ...], launcher: str
+    ) -> tuple[list[str], dict[str, str]]:
         path = self.folder / f"{name}.py"
         path.write_text(CONFIG.format(config=self.config.to_dict()))
         command = [sys.executable, *(["-c", launcher] if launcher else ["-m"]), "pathme_jax.train"]
         command += ["--config", str(path), "--workdir", str(self.folder / name), *flags]
         roots = [self.folder / "elsewhere", Path(__file__).parents[2]]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, roots))}
-        return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+        return command, {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, roots))}
 
     def here(self, monkeypatch: pytest.MonkeyPatch) -> Any:
         """The config, to run in this process."""

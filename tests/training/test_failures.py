@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,6 @@ from pathme_jax.files import read_json
 from pathme_jax.training.loop import train
 
 
-def said(process: subprocess.Popen[str]) -> str:
-    """The last line on stderr of a process that must end with 2. (Orbax logs a failed write before it.)"""
-    text = process.communicate(timeout=120)[1]
-    assert process.returncode == 2, text[-2000:]
-    return text.strip().splitlines()[-1]
-
-
 def checkpoints(workdir: Path) -> list[int]:
     return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
 
@@ -28,7 +20,7 @@ def checkpoints(workdir: Path) -> list[int]:
 def test_a_nan_planted_at_a_step_is_named_and_what_was_saved_stays(outside, tmp_path: Path):
     """Steps between logged ones are looked at too, and no state after the NaN is saved."""
     outside.config.nan_at = 12  # neither logged nor saved
-    line = said(outside.start("run"))
+    line = outside.refused("run")
     assert line.startswith("error: step 12: loss") and "not finite" in line
     assert checkpoints(tmp_path / "run") == [5, 10]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -38,12 +30,12 @@ def test_a_nan_planted_at_a_step_is_named_and_what_was_saved_stays(outside, tmp_
 
 def test_a_nan_at_the_step_of_a_checkpoint_is_not_saved(outside, tmp_path: Path):
     outside.config.nan_at = 9  # the update that checkpoint 10 would hold
-    assert "step 9: " in said(outside.start("run"))
+    assert "step 9: " in outside.refused("run")
     assert checkpoints(tmp_path / "run") == [5]
 
 
 def test_a_misspelt_key_is_named(outside):
-    line = said(outside.start("run", "--config.optimiser.leaning_rate=1"))
+    line = outside.refused("run", "--config.optimiser.leaning_rate=1")
     assert "leaning_rate" in line
 
 
@@ -53,7 +45,7 @@ def test_a_missing_shard_is_named(outside, tmp_path: Path):
     outside.config.data.path = str(grid)
     gone = next((grid / "fields").glob("*.array_record"))
     gone.unlink()
-    line = said(outside.start("run"))
+    line = outside.refused("run")
     assert gone.name in line and "data_prep.tile" in line
 
 
@@ -109,8 +101,7 @@ runpy.run_module("pathme_jax.train", run_name="__main__", alter_sys=True)
 
 def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(outside, tmp_path: Path):
     whole = outside.start("whole")
-    process = outside.start("run", launcher=FULL)
-    line = said(process)
+    line = outside.refused("run", launcher=FULL)
     assert "could not be written" in line or "no space left" in line
     assert checkpoints(tmp_path / "run") == [5]
     assert outside.start("run").wait(120) == 0 and whole.wait(120) == 0
