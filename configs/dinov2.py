@@ -7,8 +7,8 @@ parameter with its role, rates and place, FLOPs, memory and communication.
 
 Values are those of the paper's ViT-L (125,000 steps of 2,048 images) and, for g/14, of its giant, but for:
 - vertical flips and quarter turns as well, HED jitter, no solarisation (tissue has no up, and stain varies);
-- windows at 0.5, 1 and 2 µm/px of 320 px, so that a crop's magnification is that of its window where its
-  scale is near (224 / 320)^2 = 0.49; `views.images.translation` gives crops that never zoom (Virchow2's ECT);
+- windows of 256 px at 0.5, 1 and 2 µm/px, so that a global crop's magnification is its window's where its
+  scale is near (224 / 256)^2 = 0.77; `views.images.translation` gives crops that never zoom (Virchow2's ECT);
 - registers (4), which cost nothing and keep patch tokens clean.
 
 Choices worth trying by hand: `--config.loss.koleo=0 --config.loss.kde=0.05` (Virchow2: survives duplicates),
@@ -40,7 +40,7 @@ def get_config(variant: str = "L/16") -> Any:
     config.steps = (500 if giant else 100) * epoch
     # `block`: samples in a logical block of masks and drop path, whatever the number of devices
     config.batch = dict(
-        samples=2048, block=8, window_px=320, mpps=(0.5, 1.0, 2.0), windows_per_field=4
+        samples=2048, block=8, window_px=256, mpps=(0.5, 1.0, 2.0), windows_per_field=4
     )
     config.model = dict(
         **SIZES[NAMES[size]],

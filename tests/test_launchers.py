@@ -103,3 +103,20 @@ def test_a_wrong_config_value_is_named(arguments, expected, tmp_path):
     )  # fmt: skip
     assert done.returncode == 2, done.stderr[-800:]
     assert "Traceback" not in done.stderr and expected in done.stderr
+
+
+def test_a_dry_run_on_fake_devices_says_what_a_step_costs_and_starts_nothing(tmp_path):
+    command = [sys.executable, "-m", "pathme_jax.train", "--dry-run", "--devices", "2"]
+    command += ["--config", f"{ROOT / 'configs/dinov2_tiny.py'}:test", "--config.mesh.data=2"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-800:]
+    lines = done.stdout.splitlines()
+    (kernel,) = [line for line in lines if line.startswith("student/backbone/patch_embed/kernel")]
+    assert kernel.split()[1:6] == ["768x32", "trained", "0.5", "1", "0"]
+    assert any(line.startswith("teacher/dino/prototypes") and " ema " in line for line in lines)
+    for part in ("2 device(s)", "GFLOP a sample", "state a device", "all-reduce a step a device"):
+        assert part in done.stdout
+    assert not list(tmp_path.iterdir())

@@ -113,8 +113,7 @@ class DINOv2:
         """A few crops as the student sees them, in [0, 1]; masked patches are grey."""
         mean, std = jnp.array(self.config.views.mean), jnp.array(self.config.views.std)
         whole, small = (jnp.clip(views[k] * std + mean, 0, 1) for k in ("globals", "locals"))
-        b, _, side, _, _ = whole.shape
-        hidden = views["mask"].reshape(b, 2, *self.masks.shape)
+        hidden = views["mask"].reshape(-1, 2, *self.masks.shape)
         hidden = hidden.repeat(self.config.model.patch, 2).repeat(self.config.model.patch, 3)
         return {
             "global 1": jnp.where(hidden[:, 0, ..., None], 0.5, whole[:, 0]),

@@ -146,7 +146,13 @@ class RegionSource:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         item = {}
         for alias, column in self.columns.items():
-            data = self._readers[alias].read([int(index)])[0]
+            try:
+                data = self._readers[alias].read([int(index)])[0]
+            except (RuntimeError, IndexError) as error:
+                raise UserError(
+                    f"{self.folder}/{column.name}.array_record: record {index} cannot be read ({error})",
+                    "Delete this folder and run data_prep.regions again with the same arguments",
+                ) from error
             shape = (column.side, column.side, column.width)
             values = np.frombuffer(data, np.float16).reshape(shape).astype(np.float32)
             valid = self.index.valid[column.name][index]

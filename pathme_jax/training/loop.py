@@ -110,7 +110,7 @@ def train(config: Config, workdir: str | Path, *, progress: bool = True) -> Path
     if lead and first == 0:
         _save_pictures(workdir, method, config)
     log = watch.Log(workdir, first, jax.process_index())
-    alarms = Alarms(config.get("settle", config.optimiser.warmup), _prototypes(config))
+    alarms = Alarms(config.optimiser.warmup, _prototypes(config))
     speed = _Speed(spec.samples, flops / mesh.size)
     probe = _Probing(config, method, plan, workdir, what, log) if _every(config) else None
     if probe is not None and first == 0:
@@ -291,7 +291,9 @@ def _save_pictures(workdir: Path, method: Method, config: Config) -> None:
     pictures = getattr(method, "pictures", None)
     if pictures is None:
         return
-    batch = next(pipeline.batches(config.data.path, method.batch_spec, seed=config.seed))
+    stream = pipeline.batches(config.data.path, method.batch_spec, seed=config.seed)
+    with contextlib.closing(stream):
+        batch = next(stream)
     index = jax.numpy.arange(method.batch_spec.samples, dtype=jax.numpy.uint32)
     views = jax.jit(method.views)(batch, sample_keys(config.seed, "views", index))
     save_views(workdir, {kind: np.asarray(x[:6]) for kind, x in pictures(views).items()})

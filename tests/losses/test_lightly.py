@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from pathme_jax.losses import self_distillation as ssl
+from pathme_jax.training.schedules import cosine
 
 MAKE = runpy.run_path(str(Path(__file__).parents[1] / "references" / "make_ssl.py"))
 TEMPERATURE = MAKE["TEACHER_TEMPERATURE"]
@@ -82,3 +83,8 @@ def test_koleo_and_its_gradient(lightly, given):
 def test_sinkhorn(lightly, given):
     ours = ssl.sinkhorn(given["logits"], MAKE["EPSILON"], jnp.ones(len(given["logits"])))
     _agree(ours, lightly["sinkhorn"])
+
+
+def test_the_teachers_momentum(lightly):
+    ours = [cosine(0.992, 1.0, 100)(jnp.array(step)) for step in (0, 25, 50, 100)]
+    np.testing.assert_allclose(ours, lightly["momentum"], rtol=1e-6)

@@ -43,6 +43,7 @@ def answers() -> dict[str, Any]:
     import torch
     from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
     from lightly.loss.swav_loss import sinkhorn
+    from lightly.utils.scheduler import cosine_schedule
 
     x = {name: torch.from_numpy(value) for name, value in inputs().items()}
     temperatures = {"teacher_temp": TEACHER_TEMPERATURE, "student_temp": 0.1}
@@ -74,6 +75,10 @@ def answers() -> dict[str, Any]:
         "koleo_gradient": features.grad,
         "sinkhorn": sinkhorn(x["logits"], iterations=3, epsilon=EPSILON),
     }
+    # Its last step is max_steps - 1; ours is `steps`, one further.
+    found["momentum"] = torch.tensor(
+        [cosine_schedule(step, 101, 0.992, 1.0) for step in (0, 25, 50, 100)], dtype=torch.float64
+    )
     told = {"versions": {"lightly": lightly.__version__, "torch": torch.__version__}}
     return told | {name: np.asarray(value.detach()).tolist() for name, value in found.items()}
 

@@ -76,10 +76,11 @@ class Outside:
     config: Any
     folder: Path
 
-    def start(self, name: str) -> subprocess.Popen[bytes]:
-        """`python -m pathme_jax.train` into <folder>/<name>."""
-        command, env = self._command(name, (), "")
-        with open(self.folder / f"{name}.log", "w") as log:
+    def start(self, name: str, *flags: str, devices: int = 1) -> subprocess.Popen[bytes]:
+        """`python -m pathme_jax.train` into <folder>/<name>, on so many fake devices."""
+        command, env = self._command(name, flags, "")
+        env |= {"JAX_NUM_CPU_DEVICES": str(devices)}
+        with open(self.folder / f"{name}.log", "a") as log:
             return subprocess.Popen(command, env=env, stderr=log)
 
     def refused(self, name: str, *flags: str, launcher: str = "") -> str:

@@ -31,6 +31,16 @@ def test_cosine_schedule_meets_its_corners():
     )
 
 
+def test_schedules_are_dinov2s_at_every_step():
+    """Transcribed: linear warm-up from 0, then a cosine over what is left, as arrays over all steps."""
+    steps, warmup, base, final = 200, 20, 4e-3, 1e-6
+    rise = np.linspace(0, base, warmup, endpoint=False)
+    left = np.arange(steps - warmup)
+    fall = final + 0.5 * (base - final) * (1 + np.cos(np.pi * left / len(left)))
+    ours = jax.vmap(cosine(base, final, steps, warmup))(jnp.arange(steps))
+    np.testing.assert_allclose(ours, np.concatenate([rise, fall]), rtol=1e-5, atol=1e-9)
+
+
 def test_linear_schedule_stays_at_its_end():
     value = linear(0.04, 0.07, 30)
     np.testing.assert_allclose(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -77,3 +78,35 @@ def test_sigterm_saves_and_the_same_command_goes_on(outside, tmp_path: Path):
     assert products[0]["sha256"] == products[1]["sha256"]
     texts = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "told")]
     assert texts[0] == texts[1]
+
+
+def together(outside, name: str, kill_at: int = 0) -> list[int]:
+    """Exit codes of two processes of two devices each; both told to stop once `kill_at` steps are logged."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        flags = ["--coordinator", f"localhost:{free.getsockname()[1]}", "--processes", "2"]
+    both = [outside.start(name, *flags, "--process", str(i), devices=2) for i in (0, 1)]
+    log = outside.folder / name / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while kill_at and not (log.exists() and len(log.read_text().splitlines()) > kill_at):
+        assert time.monotonic() < deadline and both[0].poll() is None
+        time.sleep(0.01)
+    if kill_at:
+        both[1].send_signal(signal.SIGTERM)  # one is told, both must stop at the same step
+    return [process.wait(200) for process in both]
+
+
+def test_two_processes_train_stop_together_and_one_goes_on(outside, tmp_path: Path):
+    """Checkpoints, logs and the product of two processes are those of one: the run is the same run."""
+    outside.config.steps = 600
+    outside.config.checkpoint.every = 1000
+    outside.config.mesh = {"data": -1}
+    assert outside.start("alone", devices=1).wait(200) == 0
+    assert together(outside, "pair", kill_at=5) == [143, 143]
+    (saved,) = (tmp_path / "pair" / "checkpoints").iterdir()
+    assert 25 < int(saved.name) < 600
+    assert outside.start("pair", devices=2).wait(200) == 0
+    assert losses(tmp_path / "pair") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+    outside.config.steps = 20
+    assert together(outside, "short") == [0, 0]
+    assert (tmp_path / "short" / "product.json").exists()
