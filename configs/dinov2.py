@@ -12,7 +12,7 @@ Values are those of the paper's ViT-L (125,000 steps of 2,048 images) and, for g
 - registers (4), which cost nothing and keep patch tokens clean.
 
 Choices worth trying by hand: `--config.loss.koleo=0 --config.loss.kde=0.05` (Virchow2: survives duplicates),
-`--config.loss.ibot_head=shared`, `--config.model.remat=full` (memory for time),
+`--config.loss.ibot_head=shared`, `--config.model.remat=full` (less memory, more time),
 `--config.model.attention=cudnn`, `--config.mesh.fsdp=8`.
 """
 
@@ -49,7 +49,8 @@ def get_config(variant: str = "L/16") -> Any:
         layer_scale=1e-5,
         registers=4,
         grid=224 // patch,
-        remat="none",
+        # From L on, what a layer computed between its products would take most of a GPU's memory.
+        remat="none" if size in "SB" else "dots",
         attention="xla",
         dtype="bfloat16",
     )

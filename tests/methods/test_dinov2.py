@@ -262,6 +262,29 @@ def test_pictures_show_crops_in_colour_with_their_masks_in_grey(world):
     np.testing.assert_array_equal(grey.sum((1, 2)), masked)
 
 
+def test_bfloat16_computes_the_same_loss_to_its_precision_and_keeps_fp32_weights():
+    """Parameters, gradients, centres and every metric stay fp32; the loss agrees to a percent."""
+    batch, found = _batch(), {}
+    for dtype in ("float32", "bfloat16"):
+        config = _config()
+        config.model.dtype = config.head.dtype = dtype
+        method = DINOv2(config)
+
+        @compiled
+        def run(key, batch, method=method):
+            params, aux = method.init(key, batch)
+            views = method.views(batch, _keys())
+            loss = lambda p: method.loss(p, aux, views, _keys(), jnp.int32(0))  # noqa: E731
+            return jax.value_and_grad(loss, has_aux=True)(params), params
+
+        ((value, (metrics, aux)), slope), params = run(jax.random.key(0), batch)
+        for x in jax.tree.leaves((params, slope, aux, metrics)):
+            assert x.dtype == jnp.float32
+        found[dtype] = float(value)
+    assert found["bfloat16"] != found["float32"]
+    assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
