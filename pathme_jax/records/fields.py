@@ -12,6 +12,7 @@ Records are tf.train.Example, as TFDS writes them, without TensorFlow.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -235,6 +236,11 @@ class Source:
         }
         for slide_id in self.slide_ids:
             self._check(slide_id)
+        if self.slide_ids:
+            # What TFDS imports when it first parses must be imported here: two threads that import it at
+            # once can wait for each other for ever (Python 3.11's cached_property locks across instances).
+            with contextlib.suppress(UserError):  # a damaged record is told of where it is wanted
+                self[0]
 
     def _sidecar(self, slide_id: str) -> dict[str, Any]:
         path = sidecar_path(self.grid_dir, slide_id)

@@ -84,14 +84,15 @@ class Outside:
             return subprocess.Popen(command, env=env, stderr=log)
 
     def refused(self, name: str, *flags: str, launcher: str = "") -> str:
-        """The last line on stderr of a run that must end with 2. (Orbax logs a failed write before it.)
+        """The one line that says why, of a run that must end with 2. (Orbax logs a failed write beside it.)
 
         launcher: code that ends by running what `python -m` would.
         """
         command, env = self._command(name, flags, launcher)
         done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, timeout=120)
         assert done.returncode == 2, done.stderr[-2000:]
-        return done.stderr.strip().splitlines()[-1]
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        return line
 
     def _command(
         self, name: str, flags: tuple[str, ...], launcher: str
