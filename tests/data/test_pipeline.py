@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -170,3 +173,22 @@ def test_a_window_larger_than_a_field_is_refused():
 def test_an_unknown_record_is_refused(grid_dir: Path):
     with pytest.raises(UserError, match="videos"):
         open_source(grid_dir, BatchSpec("videos", samples=1))
+
+
+THREADS = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathme_jax.records.fields import FieldSource
+source = FieldSource(sys.argv[1])
+before = set(sys.modules)
+with ThreadPoolExecutor(4) as threads:
+    list(threads.map(source.__getitem__, range(8)))
+late = sorted(set(sys.modules) - before)
+assert not late, late
+"""
+
+
+def test_threads_that_read_import_nothing(grid_dir: Path):
+    """Two threads that import TFDS at once can wait for each other for ever: seen in a training run."""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", THREADS, str(grid_dir)], env=env, check=True)

@@ -199,22 +199,3 @@ def test_jpeg_keeps_colour_at_full_resolution():
     image[::2, :, 1] = 120
     again = fields.decode(fields.encode(image)).astype(int)
     assert np.abs(again - image).mean() < 3
-
-
-THREADS = """
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathme_jax.records.fields import FieldSource
-source = FieldSource(sys.argv[1])
-before = set(sys.modules)
-with ThreadPoolExecutor(4) as threads:
-    list(threads.map(source.__getitem__, range(8)))
-late = sorted(set(sys.modules) - before)
-assert not late, late
-"""
-
-
-def test_threads_that_read_import_nothing(grid_dir):
-    """Two threads that import TFDS at once can wait for each other for ever: seen in a training run."""
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run([sys.executable, "-c", THREADS, str(grid_dir)], env=env, check=True)
