@@ -87,7 +87,7 @@ def configuration(args: argparse.Namespace) -> Any:
     config = get_config("S/16")
     config.batch.update(samples=args.batch, block=min(8, args.batch))
     config.model.update(**SIZES[args.size], grid=large // 16, dtype=args.precision)
-    config.model.attention = args.attention
+    config.model.attention, config.model.unroll = args.attention, args.unroll
     config.head.update(prototypes=args.prototypes, dtype=args.precision)
     config.views.global_crop.px, config.views.local_crop.px = large, small
     config.views.local_crops = count
@@ -460,6 +460,7 @@ def main() -> None:
     parser.add_argument("--prototypes", type=int, default=4096)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla", help="ours")
+    parser.add_argument("--unroll", type=int, default=1, help="layers a turn of our scan")
     parser.add_argument(
         "--drop-path", type=float, default=0.0, help="ours leaves the work out, timm not"
     )

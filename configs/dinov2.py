@@ -51,6 +51,7 @@ def get_config(variant: str = "L/16") -> Any:
         grid=224 // patch,
         # From L on, what a layer computed between its products would take most of a GPU's memory.
         remat="none" if size in "SB" else "dots",
+        unroll=1,
         attention="xla",
         dtype="bfloat16",
     )
@@ -84,9 +85,9 @@ def get_config(variant: str = "L/16") -> Any:
         drop_path=0.4 if giant else 0.3,
     )
     config.ema = dict(start=0.994 if giant else 0.992, end=1.0)
-    base = 2e-4 if giant else 4e-3
     config.optimiser = dict(
-        lr=base * (2048 / 1024) ** 0.5,  # the square-root rule
+        lr=2e-4 if giant else 4e-3,
+        lr_samples=1024,  # that rate is for so many samples; it grows with the batch's square root
         end_lr=1e-6,
         warmup=(80 if giant else 10) * epoch,
         weight_decay=0.04,
@@ -101,7 +102,7 @@ def get_config(variant: str = "L/16") -> Any:
             (".*", "last"),
         ),
         lr_multipliers=(("student/backbone/patch_embed/.*", 0.2), (".*", 1.0)),
-        decay_multipliers=((".*(bias|scale_.*|scale|token|positions|registers)", 0.0), (".*", 1.0)),
+        decay_multipliers=((".*(bias|scale_.*|scale)", 0.0), (".*", 1.0)),
         frozen_until=((".*/prototypes", epoch), (".*", 0)),
     )
     config.mesh = dict(data=-1, fsdp=1, prototypes=1)

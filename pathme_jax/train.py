@@ -11,6 +11,7 @@ with `--coordinator` (docs/launching.md).
 
 from __future__ import annotations
 
+import os
 import sys
 
 from absl import app, flags, logging
@@ -71,6 +72,13 @@ def _fake(devices: int | None) -> None:
 def _connect() -> None:
     """Joins the processes of a run before JAX looks for devices."""
     if _COORDINATOR.value is None:
+        if _PROCESSES.value is not None or _PROCESS.value is not None:
+            raise UserError("--processes without --coordinator", "Give --coordinator HOST:PORT too")
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+            raise UserError(
+                "several SLURM tasks without --coordinator would each train alone",
+                "Add --coordinator auto",
+            )
         return
     import jax
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Generator, Mapping
@@ -11,25 +10,21 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
-from pathme_jax.errors import UserError
-
 AHEAD = 2  # batches: one moving to the device while the next is decoded
 
 
-def rows_of(sharding: jax.sharding.Sharding, samples: int) -> tuple[int, int]:
-    """The samples [start, stop) of a batch that this process must read: what its devices hold.
+def rows_of(sharding: jax.sharding.Sharding, samples: int) -> list[tuple[int, int]]:
+    """The samples of a batch that this process must read, those its devices hold: rising runs [start, stop).
 
-    Raises:
-        UserError: its devices' samples are no one run of rows.
+    Usually one run; on a TPU pod the mesh follows the network, and a host's devices need not be neighbours.
     """
     parts = sharding.addressable_devices_indices_map((samples,)).values()
-    held = sorted({part[0].indices(samples)[:2] for part in parts if part})
-    if any(one[1] != other[0] for one, other in itertools.pairwise(held)):
-        raise UserError(
-            f"the devices of process {jax.process_index()} hold rows {held} of a batch, not one run",
-            "Order the mesh so that the devices of a process are neighbours on its data axes",
-        )
-    return held[0][0], held[-1][1]
+    runs: list[tuple[int, int]] = []
+    for start, stop in sorted({part[0].indices(samples)[:2] for part in parts if part}):
+        if runs and runs[-1][1] == start:
+            start = runs.pop()[0]
+        runs.append((start, stop))
+    return runs
 
 
 def to_device(

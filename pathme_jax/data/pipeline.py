@@ -60,7 +60,7 @@ def batches(
     *,
     seed: int,
     first_batch: int = 0,
-    rows: tuple[int, int] | None = None,
+    rows: Sequence[tuple[int, int]] | None = None,
     workers: int = 0,
     threads: int | None = None,
 ) -> Generator[Mapping[str, np.ndarray], None, None]:
@@ -70,8 +70,8 @@ def batches(
     method's columns, (samples, s, s, d) float32 and `_valid` bool. Close it to end its workers.
 
     Args:
-        rows: the samples [start, stop) of every batch that this process reads (default: all). The
-            processes' rows, put together, are the batch that one process would read.
+        rows: runs [start, stop) of the samples of every batch that this process reads, rising (default:
+            all). The processes' rows, put together, are the batch that one process would read.
         workers: processes that decode, beside this one. 0: threads of this process do.
         threads: how many threads that is (default: one a core); each makes a whole batch. A worker
             has one.
@@ -81,18 +81,19 @@ def batches(
             be read. From a thread or a worker it reaches the caller as it was raised.
     """
     source: Any = open_source(folder, spec)
-    start, stop = rows or (0, spec.samples)
+    rows = tuple(rows or [(0, spec.samples)])
     records = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     if spec.record == "fields":
-        for what, count in (("samples a batch", spec.samples), ("rows from", start), ("to", stop)):
+        ends = [("a process's rows, cut at", end) for run in rows for end in run]
+        for what, count in [("samples a batch", spec.samples), *ends]:
             if count % spec.windows_per_field:
                 raise UserError(
                     f"{what} {count}: no multiple of {spec.windows_per_field} windows a field",
                     "Change config.batch.samples or config.batch.windows_per_field",
                 )
-        made: Any = WindowBatches(records, spec, seed, start, stop)
+        made: Any = WindowBatches(records, spec, seed, rows)
     else:
-        made = RegionBatches(records, spec.samples, start, stop)
+        made = RegionBatches(records, spec.samples, rows)
     threads = 1 if workers else threads or os.cpu_count() or 1
     cv2.setNumThreads(0)  # ours are enough; OpenCV's own only wait for each other
     stream = grain.MapDataset.source(made)[first_batch:].to_iter_dataset(
@@ -108,25 +109,24 @@ def batches(
 
 @dataclasses.dataclass(frozen=True)
 class RegionBatches:
-    """Batch i: records [start, stop) of each `samples`, stacked. A source for Grain."""
+    """Batch i: records `rows` (runs) of each `samples`, stacked. A source for Grain."""
 
     records: Any
     samples: int
-    start: int
-    stop: int
+    rows: tuple[tuple[int, int], ...]
 
     def __len__(self) -> int:
         return len(self.records) // self.samples
 
     def __getitem__(self, batch: int) -> dict[str, np.ndarray]:
         first = batch * self.samples
-        items = [self.records[i] for i in range(first + self.start, first + self.stop)]
+        items = [self.records[first + i] for run in self.rows for i in range(*run)]
         return {name: np.stack([item[name] for item in items]) for name in items[0]}
 
 
 @dataclasses.dataclass(frozen=True)
 class WindowBatches:
-    """Batch i: samples [start, stop) of it, cut from stored fields. A source for Grain.
+    """Batch i: samples `rows` (runs) of it, cut from stored fields. A source for Grain.
 
     A field's windows are drawn from the seed and its position in the run, so they do not change with
     who reads it. They are written where they belong in the batch: stacking them afterwards, into
@@ -136,20 +136,20 @@ class WindowBatches:
     records: Any
     spec: BatchSpec
     seed: int
-    start: int
-    stop: int
+    rows: tuple[tuple[int, int], ...]
 
     def __len__(self) -> int:
         return len(self.records) // (self.spec.samples // self.spec.windows_per_field)
 
     def __getitem__(self, batch: int) -> dict[str, np.ndarray]:
         px, count = self.spec.window_px, self.spec.windows_per_field
-        windows = np.empty((self.stop - self.start, px, px, 3), np.uint8)
-        mpps = np.empty(self.stop - self.start, np.float32)
-        for at in range(0, self.stop - self.start, count):
-            position = (batch * self.spec.samples + self.start + at) // count
+        samples = [first for run in self.rows for first in range(*run, count)]  # of each field
+        windows = np.empty((len(samples) * count, px, px, 3), np.uint8)
+        mpps = np.empty(len(windows), np.float32)
+        for i, sample in enumerate(samples):
+            position = (batch * self.spec.samples + sample) // count
             rng = np.random.default_rng((self.seed, position))
-            own = slice(at, at + count)
+            own = slice(i * count, (i + 1) * count)
             mpps[own] = cut_windows(self.records[position], self.spec.mpps, windows[own], rng)
         return {"window": windows, "mpp": mpps}
 

@@ -64,7 +64,7 @@ def cross_entropy(student: Array, teacher: Array, temperature: float = 0.1) -> A
     """-sum_k p_t log softmax(s / tau): logits and probabilities (..., k) to (...).
 
     Written as sum(p_t) logsumexp(s / tau) - p_t . s / tau, and recomputed in the backward pass, so that
-    no fp32 array of the logits' size is kept: iBOT's are thousands of tokens by 65,536 prototypes.
+    no fp32 array beside its arguments is kept: iBOT has thousands of tokens by 65,536 prototypes.
     """
     scaled = student.astype(jnp.float32) / temperature
     return teacher.sum(-1) * jax.nn.logsumexp(scaled, -1) - (teacher * scaled).sum(-1)

@@ -16,7 +16,7 @@ import numpy as np
 from pathme_jax.errors import UserError
 from pathme_jax.losses import self_distillation as ssl
 from pathme_jax.models.heads import PrototypeHead
-from pathme_jax.models.transformer import drop_path_rows
+from pathme_jax.models.transformer import REMAT, drop_path_rows
 from pathme_jax.models.vit import ViT
 from pathme_jax.training.contract import TRAINED, BatchSpec, Config, EmaOf, Params, Rules
 from pathme_jax.training.keys import substream
@@ -35,6 +35,29 @@ class DINOv2:
     def __init__(self, config: Config):
         _one_of("config.loss.targets", config.loss.targets, ssl.ASSIGNMENTS)
         _one_of("config.loss.ibot_head", config.loss.ibot_head, IBOT_HEADS)
+        model = config.model
+        _one_of("config.model.remat", model.get("remat", "none"), tuple(REMAT))
+        _one_of("config.model.ffn", model.get("ffn", "mlp"), ("mlp", "swiglu"))
+        _one_of("config.model.attention", model.get("attention", "xla"), ("xla", "cudnn"))
+        for part in (model, config.head):
+            _one_of("dtype", part.get("dtype", "float32"), ("float32", "bfloat16"))
+        for wrong, said in (
+            (
+                model.width % model.heads,
+                f"config.model.width = {model.width} is no multiple of heads",
+            ),
+            (config.head.prototypes < 2, f"config.head.prototypes = {config.head.prototypes}"),
+            (
+                not 0 <= config.loss.drop_path < 1,
+                f"config.loss.drop_path = {config.loss.drop_path}",
+            ),
+            (config.batch.samples < 2, f"config.batch.samples = {config.batch.samples}"),
+        ):
+            if wrong:
+                raise UserError(
+                    said,
+                    "Expected heads that divide the width, 2 or more prototypes and samples, a rate below 1",
+                )
         self.config = config
         self.batch_spec = BatchSpec(
             record="fields",
@@ -170,8 +193,11 @@ class DINOv2:
             "loss/dino_global": global_dino,
             "loss/dino_local": local_dino,
             "loss/ibot": ibot,
-            # Of the plain softmax: Sinkhorn's own assignment uses every prototype by construction.
-            "prototype_usage": ssl.usage(jax.nn.softmax(logits / temperature), jnp.ones(2 * b)),
+            # Before Sinkhorn, whose own assignment uses every prototype by construction.
+            "prototype_usage": ssl.usage(
+                ssl.centred_softmax(logits, aux["dino"] * (c.targets == "centring"), temperature),
+                jnp.ones(2 * b),
+            ),
             "teacher_entropy": ssl.entropy(target),
             "feature_std": (known["cls"] / jnp.linalg.norm(known["cls"], axis=-1, keepdims=True))
             .std(0)

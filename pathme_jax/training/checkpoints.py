@@ -2,10 +2,12 @@
 
 <workdir>/config.json      the resolved config and what the data was
 <workdir>/checkpoints/     Orbax, written asynchronously; a partial write is never listed
-<workdir>/metrics.jsonl    one line a logged step; the same for a resumed run
+<workdir>/starts.jsonl     each start: step, versions, commit, the settings that may change
+<workdir>/parameters.txt   every parameter with its role, rates and place
+<workdir>/metrics.jsonl    a line a logged step, and one a probe; the same for a resumed run
 <workdir>/timing.jsonl     images/s and the share of time spent waiting for data
-<workdir>/probe.jsonl      what a labelled set says of the features, by step
-<workdir>/tensorboard/     the same figures for TensorBoard
+<workdir>/alarms.jsonl     what looked wrong
+<workdir>/events.*         the same figures for TensorBoard
 <workdir>/views.png        a few augmented crops of the first batch
 <workdir>/product/         parameters that extract and export use
 <workdir>/product.json     written last: name, step, sha256 of those parameters

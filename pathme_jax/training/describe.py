@@ -1,6 +1,11 @@
-"""What a run would cost, from its compiled program, without starting it: `train --dry-run`."""
+"""What a run costs, from its compiled program: in a few lines at its start, in full by `train --dry-run`."""
 
 from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
 
 from pathme_jax.data import pipeline
 from pathme_jax.training import cost
@@ -17,32 +22,58 @@ def describe(config: Config) -> str:
     source = None if spec.record == "fields" else pipeline.open_source(config.data.path, spec)
     plan = make_plan(method, config, pipeline.shapes(source, spec), make_mesh(config.get("mesh")))
     compiled = plan.step.lower(plan.state, plan.batch).compile()
-    flops = cost.matmul_flops(plan.step, plan.state, plan.batch)
-    return "\n".join(
-        [
-            f"{config.method}, {config.steps} steps of {spec.samples} samples",
-            cost.table(plan.table),
-            *(f"batch {name}: {x.shape} {x.dtype}" for name, x in plan.batch.items()),
-            *_costs(plan, compiled, flops / spec.samples),
-        ]
-    )
-
-
-def _costs(plan: Plan, compiled: object, flops: float) -> list[str]:
-    state, used = cost.state_bytes(plan.state), cost.memory(compiled)
-    total = used["argument"] + used["output"] - used["alias"] + used["temp"]
-    lines = [
-        f"mesh: {dict(plan.mesh.shape)}, {plan.mesh.size} device(s)",
-        f"{flops / 1e9:.4g} GFLOP a sample in matrix products (student, teacher, heads, crops)",
-        "state a device: " + ", ".join(f"{k} {_mib(v)}" for k, v in state.items() if v),
-        f"compiled program a device: {_mib(total)}, of it {_mib(used['temp'])} temporary"
-        f" (as this backend plans them)",
-    ]
+    state = cost.state_bytes(plan.state)
     moved = cost.collectives(compiled)
-    lines += [
-        f"{kind} a step a device: {x['count']} x, {_mib(x['bytes'])}" for kind, x in moved.items()
+    lines = [
+        f"{config.method}, {config.steps} steps of {spec.samples} samples",
+        cost.table(plan.table),
+        *(f"batch {name}: {x.shape} {x.dtype}" for name, x in plan.batch.items()),
+        *summary(plan, compiled, model_flops(plan, config), config),
+        "state a device: " + ", ".join(f"{k} {_mib(v)}" for k, v in state.items() if v),
+        *(
+            f"{kind} a step a device: {x['count']} x, {_mib(x['bytes'])}"
+            for kind, x in moved.items()
+        ),
     ]
-    return lines if moved else [*lines, "no communication between devices"]
+    return "\n".join(lines if moved else [*lines, "no communication between devices"])
+
+
+def summary(plan: Plan, compiled: Any, flops: int, config: Config) -> list[str]:
+    """Size, memory and work of a step, and what about the config is probably not meant."""
+    trained = sum(int(np.prod(x.shape)) for x in plan.state["trained"].values())
+    used = cost.memory(compiled)
+    total = used["argument"] + used["output"] - used["alias"] + used["temp"]
+    samples = next(iter(plan.batch.values())).shape[0]
+    lines = [
+        f"{trained:,} trained parameters on {plan.mesh.size} device(s) of mesh {dict(plan.mesh.shape)}",
+        f"{flops / samples / 1e9:.4g} GFLOP a sample in matrix products, without recomputation",
+        f"compiled program a device: {_mib(total)}, of it {_mib(used['temp'])} temporary"
+        " (as this backend plans them)",
+    ]
+    block = (config.get("batch") or {}).get("block", 1)
+    if plan.mesh.size > 1 and samples // plan.mesh.size % block:
+        lines.append(
+            f"note: {samples // plan.mesh.size} samples a device cut logical blocks of {block}, which makes"
+            " devices exchange activations; lower config.batch.block or use more samples a device"
+        )
+    if config.optimiser.warmup > config.steps > 0:
+        lines.append(
+            f"note: config.optimiser.warmup = {config.optimiser.warmup} is longer than the run of"
+            f" {config.steps} steps"
+        )
+    return lines
+
+
+def model_flops(plan: Plan, config: Config) -> int:
+    """Matrix products of a step over all devices, without what rematerialisation computes again.
+
+    MFU is counted by them (Chowdhery 2022, appendix B): computing again is no progress.
+    """
+    if (config.get("model") or {}).get("remat", "none") != "none":
+        config = copy.deepcopy(config)
+        config.model.remat = "none"
+        plan = make_plan(load_method(config), config, plan.batch, plan.mesh)
+    return cost.matmul_flops(plan.step, plan.state, plan.batch)
 
 
 def _mib(count: float) -> str:

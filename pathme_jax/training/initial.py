@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,44 +11,58 @@ import jax.numpy as jnp
 import numpy as np
 
 from pathme_jax.errors import UserError
+from pathme_jax.files import read_json
 from pathme_jax.models.transformer import resize_positions
-from pathme_jax.training.checkpoints import fingerprint, load_product
+from pathme_jax.training.checkpoints import load_product
 from pathme_jax.training.contract import Config, flat
 
 
-def load(config: Config) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """config.initial: {"into": path of parameters, e.g. "student/backbone", "path": a work folder or ""}.
+def hashes(config: Config, before: Mapping[str, Any] | None) -> dict[str, str]:
+    """{into: sha256 of the weights the run starts from}: part of its identity; {} for random ones.
 
-    Returns:
-        flat {path: array} below `into`; {into: sha256 of the parameters}, part of a run's identity. Both
-        are empty where `path` is.
+    config.initial: {"into": path of parameters, e.g. "student/backbone", "path": a work folder or ""}.
+    before: the identity of a run that has begun; its checkpoints hold the weights, so their folder may go.
+
+    Raises:
+        UserError: no finished run at `path`.
     """
     settings = config.get("initial") or {}
     if not settings.get("path"):
-        return {}, {}
+        return {}
+    about = Path(settings["path"]) / "product.json"
+    if about.exists():
+        return {settings["into"]: read_json(about)["sha256"]}
+    if before is not None:
+        return dict(before.get("initial", {}))
+    raise UserError(
+        f"config.initial.path = {settings['path']}: no finished training run there",
+        "Give the --workdir of one, or its folder best",
+    )
+
+
+def weights(config: Config) -> dict[str, np.ndarray]:
+    """{path below config.initial.into: array}; {} for random ones."""
+    settings = config.get("initial") or {}
+    if not settings.get("path"):
+        return {}
     _, _, params = load_product(settings["path"])
-    weights = {f"{settings['into']}/{path}": np.asarray(x) for path, x in flat(params).items()}
-    return weights, {settings["into"]: fingerprint(params)}
+    return {f"{settings['into']}/{path}": np.asarray(x) for path, x in flat(params).items()}
 
 
 def put(
-    state: dict[str, Any],
-    weights: Mapping[str, np.ndarray],
-    wheres: Iterable[str],
-    follows: Mapping[str, str],
+    state: dict[str, Any], weights: Mapping[str, np.ndarray], follows: Mapping[str, str], into: str
 ) -> dict[str, Any]:
     """The first state with `weights` in place of what was drawn, in the trained parameters and in the
     teachers that follow them. A grid of positions of another size is interpolated.
 
     Args:
-        follows: path of an EMA parameter to the path it follows.
+        follows: path of an EMA parameter to the path it follows. into: the path that must be filled.
 
     Raises:
-        UserError: a parameter below `wheres` is missing, unknown or of another shape.
+        UserError: a parameter below `into` is missing, unknown or of another shape.
     """
     trained, ema = dict(state["trained"]), dict(state["ema"])
-    wheres = tuple(f"{where}/" for where in wheres)
-    below = {p for p in trained if p.startswith(wheres)}
+    below = {p for p in trained if p.startswith(f"{into}/")} if weights else set()
     missing, unknown = sorted(below - set(weights)), sorted(set(weights) - below)
     if missing or unknown:
         raise UserError(

@@ -6,7 +6,9 @@ A run of several processes runs this same code in each; process 0 alone writes w
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import math
 import signal
 import threading
 import time
@@ -23,10 +25,12 @@ from tqdm import tqdm
 from pathme_jax.data import pipeline
 from pathme_jax.data.device import rows_of, to_device
 from pathme_jax.errors import UserError
-from pathme_jax.files import digest, provenance, read_json, write_json
+from pathme_jax.files import atomic, digest, provenance, read_json, write_json
+from pathme_jax.models.placement import by_sample
 from pathme_jax.training import checkpoints, cost, initial, watch
 from pathme_jax.training.alarms import Alarms
 from pathme_jax.training.contract import Config, Method, flat, load_method
+from pathme_jax.training.describe import model_flops, summary
 from pathme_jax.training.keys import sample_keys
 from pathme_jax.training.pictures import save_views
 from pathme_jax.training.probe import Probe
@@ -35,6 +39,7 @@ from pathme_jax.training.step import Plan, make_plan, on_host, params_of, saved_
 
 # Keys of a config that say how a run is carried out, not what it computes.
 OPERATIONAL = ("log_every", "checkpoint", "data", "mesh", "sharding", "probe", "profile", "initial")
+OPERATIONAL_OF_MODEL = ("remat", "unroll", "attention")
 
 
 class Stopped(Exception):
@@ -47,6 +52,8 @@ def identity(config: Config, source: Any, starts_from: Mapping[str, str]) -> dic
     Data and weights are named by the hash of their content, not by where they lie.
     """
     what = {k: v for k, v in json.loads(config.to_json()).items() if k not in OPERATIONAL}
+    for key in OPERATIONAL_OF_MODEL:
+        what.get("model", {}).pop(key, None)
     more = {"initial": dict(starts_from)} if starts_from else {}
     return {"config": what, "data": repr(source), **more}
 
@@ -58,41 +65,61 @@ def train(config: Config, workdir: str | Path, *, progress: bool = True) -> Path
         The work folder, whose `product.json` is written last.
 
     Raises:
-        UserError: the folder holds another run; the data is missing or of another kind; the loss is
-            not finite; a checkpoint cannot be written or read.
+        UserError: the folder holds another run, or one at work; the data is missing or of another kind;
+            the loss is not finite; a checkpoint cannot be written or read.
         Stopped: SIGTERM came, and the state was saved.
     """
     workdir = Path(workdir)
+    for name, value in (
+        ("log_every", config.log_every),
+        ("checkpoint.every", config.checkpoint.every),
+    ):
+        if value < 1:
+            raise UserError(f"config.{name} = {value}", "Expected 1 or more steps")
     method = load_method(config)
-    spec = method.batch_spec
-    source = pipeline.open_source(config.data.path, spec)
-    weights, starts_from = initial.load(config)
-    what = identity(config, source, starts_from)
-    lead = jax.process_index() == 0
-    if lead:
-        _claim(workdir, config, what)
-    _together("claimed")
+    source = pipeline.open_source(config.data.path, method.batch_spec)
+    path = workdir / "config.json"
+    before = read_json(path)["identity"] if path.exists() else None
+    what = identity(config, source, initial.hashes(config, before))
+    if before is not None:
+        _same_recipe(workdir, before, what)
     if (workdir / "product.json").exists():
         return workdir
+    with _alone(workdir):
+        return _train(config, workdir, method, source, what, progress)
+
+
+def _train(
+    config: Config, workdir: Path, method: Method, source: Any, what: dict[str, Any], progress: bool
+) -> Path:
+    spec, lead = method.batch_spec, jax.process_index() == 0
     progress = progress and lead
 
-    # The state is made, or restored, straight into its shards.
+    # Everything that can be wrong with a config shows here, before the folder is claimed.
     mesh = make_mesh(config.get("mesh"))
     plan = make_plan(method, config, pipeline.shapes(source, spec), mesh)
+    compiled = plan.step.lower(plan.state, plan.batch).compile()
+    if lead and not (workdir / "config.json").exists():
+        about = {"config": json.loads(config.to_json()), "identity": what}
+        write_json(workdir / "config.json", {**about, "provenance": provenance()})
+
+    # The state is made, or restored, straight into its shards.
     saver = checkpoints.manager(workdir, config.checkpoint.keep)
     state = checkpoints.restore(saver, saved_part(plan.state))
     if state is None:
-        state = plan.init()
-        if weights:
-            state = initial.put(state, weights, starts_from, plan.follows)
+        into = (config.get("initial") or {}).get("into", "")
+        state = initial.put(plan.init(), initial.weights(config), plan.follows, into)
     else:
         state = {**state, "frozen": _only_frozen(plan)}
     first = int(state["step"])
-
-    compiled = plan.step.lower(plan.state, plan.batch).compile()
-    flops = cost.matmul_flops(plan.step, plan.state, plan.batch)
+    flops = model_flops(plan, config)
+    if lead:
+        _tell_start(workdir, config, plan, first)
     if progress:
-        print(f"from step {first} of {config.steps}\n{_summary(plan, compiled, flops)}")
+        print(
+            f"from step {first} of {config.steps}\n"
+            + "\n".join(summary(plan, compiled, flops, config))
+        )
 
     where = next(iter(plan.batch.values())).sharding
     batches = to_device(
@@ -110,11 +137,13 @@ def train(config: Config, workdir: str | Path, *, progress: bool = True) -> Path
     if lead and first == 0:
         _save_pictures(workdir, method, config)
     log = watch.Log(workdir, first, jax.process_index())
-    alarms = Alarms(config.optimiser.warmup, _prototypes(config))
+    warm = config.get("loss", {}).get("temperature_warmup", 0)
+    alarms = Alarms(max(config.optimiser.warmup, warm), _prototypes(config))
     speed = _Speed(spec.samples, flops / mesh.size)
     probe = _Probing(config, method, plan, workdir, what, log) if _every(config) else None
     if probe is not None and first == 0:
         probe(state, 0)
+    trace = _Trace(config.get("profile"), workdir)
     bar = tqdm(total=config.steps, initial=first, disable=not progress, desc=workdir.name)
     ended = False
     try:
@@ -122,9 +151,11 @@ def train(config: Config, workdir: str | Path, *, progress: bool = True) -> Path
             before: dict[str, Any] | None = None
             speed.start()
             for step in range(first, config.steps):
-                with _profile(config, workdir, step):
-                    batch, waited = next(batches)
+                trace.before(step)
+                batch, waited = next(batches)
+                with jax.transfer_guard("disallow"):
                     state, metrics = compiled(state, batch)
+                trace.after(step, metrics)
                 # The device goes on while the step before is looked at: a NaN is seen one step late.
                 if before is not None:
                     _must_be_finite(before, step - 1, workdir)
@@ -161,7 +192,7 @@ def train(config: Config, workdir: str | Path, *, progress: bool = True) -> Path
         ended = True
     finally:
         bar.close()
-        for part in (log, saver):
+        for part in (trace, log, saver):
             # An error on its way out must not hide behind one of closing, on a full disk say.
             with contextlib.nullcontext() if ended else contextlib.suppress(Exception):
                 part.close()
@@ -223,7 +254,7 @@ class _Probing:
     """kNN and linear probes of the product, logged, and the best step's product kept in <workdir>/best.
 
     A line of step n tells of the state after that step's update; the one of step -1 of random weights,
-    with mean colour beside it.
+    with mean colour beside it. Every process computes features; process 0 judges and decides.
     """
 
     def __init__(
@@ -237,18 +268,25 @@ class _Probing:
     ):
         self.probe, self.method, self.mesh = Probe(config.probe), method, plan.mesh
         self.workdir, self.what, self.log = workdir / "best", what, log
-        # Every process computes all features, and gets them whole.
-        self.encode = jax.jit(
-            method.encode, out_shardings=NamedSharding(plan.mesh, PartitionSpec())
-        )
+
+        def encode(product: Any, batch: Any) -> Any:
+            with jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh):
+                return method.encode(product, {k: by_sample(x) for k, x in batch.items()})
+
+        self.encode = jax.jit(encode, out_shardings=NamedSharding(plan.mesh, PartitionSpec()))
 
     def __call__(self, state: Any, done: int) -> None:
         product = self.method.product(params_of(state))
-        values = self.probe(self.encode, product)
-        more = self.probe.baselines() if done == 0 else {}
-        self.log.write(done - 1, {**values, **more}, {})
-        score = values[f"{self.probe.name}/linear_auroc"]
-        if done and score > self._best():
+        features = self.probe.features(self.encode, product)
+        values, better = {}, False
+        if jax.process_index() == 0:
+            values = self.probe.scores(features)
+            more = self.probe.baselines() if done == 0 else {}
+            self.log.write(done - 1, {**values, **more}, {})
+            better = done > 0 and values[f"{self.probe.name}/linear_auroc"] > self._best()
+        if jax.process_count() > 1:
+            better = bool(multihost_utils.broadcast_one_to_all(np.array(better)))
+        if better:
             product = on_host(product, self.mesh)
             if jax.process_index() == 0:
                 checkpoints.write_product(
@@ -257,25 +295,38 @@ class _Probing:
                     product,
                     step=done,
                     identity=self.what,
-                    score=score,
+                    score=values[f"{self.probe.name}/linear_auroc"],
                 )
-            _together("best")
 
     def _best(self) -> float:
         path = self.workdir / "product.json"
         return read_json(path)["score"] if path.exists() else -1.0
 
 
-def _summary(plan: Plan, compiled: Any, flops: int) -> str:
-    trained = sum(int(np.prod(x.shape)) for x in plan.state["trained"].values())
-    used = cost.memory(compiled)
-    total = used["argument"] + used["output"] - used["alias"] + used["temp"]
-    samples = next(iter(plan.batch.values())).shape[0]
-    return (
-        f"{trained:,} trained parameters on {plan.mesh.size} device(s)"
-        f" of mesh {dict(plan.mesh.shape)}; {total / 2**20:,.0f} MiB a device;"
-        f" {flops / samples / 1e9:.4g} GFLOP a sample"
-    )
+class _Trace:
+    """Traces steps [first, first + steps) for xprof or Perfetto, or what is left of them after a resume."""
+
+    def __init__(self, window: Config | None, workdir: Path):
+        self.window, self.folder, self.on = (
+            window or {"first": 0, "steps": 0},
+            workdir / "profile",
+            False,
+        )
+
+    def before(self, step: int) -> None:
+        if not self.on and 0 <= step - self.window["first"] < self.window["steps"]:
+            jax.profiler.start_trace(str(self.folder))
+            self.on = True
+
+    def after(self, step: int, metrics: Any) -> None:
+        if self.on and step + 1 == self.window["first"] + self.window["steps"]:
+            jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        if self.on:
+            self.on = False
+            jax.profiler.stop_trace()
 
 
 def _only_frozen(plan: Plan) -> dict[str, Any]:
@@ -287,16 +338,32 @@ def _only_frozen(plan: Plan) -> dict[str, Any]:
 
 
 def _save_pictures(workdir: Path, method: Method, config: Config) -> None:
-    """Six samples of the first batch as the student sees them, where the method can show that."""
+    """The first few samples as the student sees them, where the method can show that."""
     pictures = getattr(method, "pictures", None)
     if pictures is None:
         return
-    stream = pipeline.batches(config.data.path, method.batch_spec, seed=config.seed)
+    spec = method.batch_spec
+    block = math.lcm(spec.windows_per_field, config.batch.get("block", 1))
+    count = min(spec.samples, -(-6 // block) * block)
+    stream = pipeline.batches(
+        config.data.path, spec, seed=config.seed, rows=[(0, count)], threads=1
+    )
     with contextlib.closing(stream):
         batch = next(stream)
-    index = jax.numpy.arange(method.batch_spec.samples, dtype=jax.numpy.uint32)
+    index = jax.numpy.arange(count, dtype=jax.numpy.uint32)
     views = jax.jit(method.views)(batch, sample_keys(config.seed, "views", index))
     save_views(workdir, {kind: np.asarray(x[:6]) for kind, x in pictures(views).items()})
+
+
+def _tell_start(workdir: Path, config: Config, plan: Plan, first: int) -> None:
+    """What this process runs with: it may be other code, or another mesh, than before."""
+    settings = {k: v for k, v in json.loads(config.to_json()).items() if k in OPERATIONAL}
+    mesh = {name: int(size) for name, size in plan.mesh.shape.items()}
+    row = {"step": first, "mesh": mesh, "settings": settings, **provenance()}
+    with open(workdir / "starts.jsonl", "a") as file:
+        file.write(json.dumps(row, default=str) + "\n")
+    with atomic(workdir / "parameters.txt") as temporary:
+        temporary.write_text(cost.table(plan.table) + "\n")
 
 
 @contextlib.contextmanager
@@ -326,36 +393,33 @@ def _together(name: str) -> None:
 
 
 @contextlib.contextmanager
-def _profile(config: Config, workdir: Path, step: int) -> Iterator[None]:
-    """Traces steps [first, first + steps) of config.profile for xprof or Perfetto."""
-    window = config.get("profile") or {"first": 0, "steps": 0}
-    end = window["first"] + window["steps"]
-    if window["steps"] and step == window["first"]:
-        jax.profiler.start_trace(str(workdir / "profile"))
-    yield
-    if window["steps"] and step + 1 == end:
-        jax.effects_barrier()
-        jax.profiler.stop_trace()
-
-
-def _claim(workdir: Path, config: Config, what: Mapping[str, Any]) -> None:
-    """Writes config.json, or refuses a folder that another run already uses."""
-    path = workdir / "config.json"
-    if path.exists():
-        before = read_json(path)["identity"]
-        if digest(before) != digest(what):
-            old, new = flat(_plain(before)), flat(_plain(what))
-            differ = sorted(k for k in old | new if old.get(k) != new.get(k))
-            shown = ", ".join(f"{k}: {old.get(k)} then, {new.get(k)} now" for k in differ[:3])
-            raise UserError(
-                f"{workdir} holds a run of another recipe ({shown}{' …' if differ[3:] else ''})",
-                "Use another --workdir, or the old settings to go on with that run",
-            )
+def _alone(workdir: Path) -> Iterator[None]:
+    """Refuses a folder another run is working in; the lock goes with the process, however it ends."""
+    if jax.process_index():
+        yield
         return
-    write_json(
-        path,
-        {"config": json.loads(config.to_json()), "identity": what, "provenance": provenance()},
-    )
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{workdir}: another process is training here",
+                "Wait for it or stop it; processes of one run need --coordinator",
+            ) from None
+        yield
+
+
+def _same_recipe(workdir: Path, before: Mapping[str, Any], what: Mapping[str, Any]) -> None:
+    """Refuses a folder that another run already uses."""
+    if digest(before) != digest(what):
+        old, new = flat(_plain(before)), flat(_plain(what))
+        differ = sorted(k for k in old | new if old.get(k) != new.get(k))
+        shown = ", ".join(f"{k}: {old.get(k)} then, {new.get(k)} now" for k in differ[:3])
+        raise UserError(
+            f"{workdir} holds a run of another recipe ({shown}{' …' if differ[3:] else ''})",
+            "Use another --workdir, or the old settings to go on with that run",
+        )
 
 
 def _plain(tree: Any) -> dict[str, Any]:

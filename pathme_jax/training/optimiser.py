@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,14 +21,16 @@ LAYERS = ("first", "each", "last")
 
 
 def make(
-    config: Config, steps: int, shapes: Mapping[str, jax.ShapeDtypeStruct]
+    config: Config, steps: int, shapes: Mapping[str, jax.ShapeDtypeStruct], samples: int = 1
 ) -> tuple[Callable, Callable]:
     """`init(trained) -> state` and `update(grads, state, trained, step) -> (trained, state, metrics)`.
 
-    config: lr, end_lr, warmup, weight_decay, end_weight_decay, b1, b2, clip, and what `rates` reads.
+    config: lr, end_lr, warmup, weight_decay, end_weight_decay, b1, b2, clip, and what `rates` reads;
+        with lr_samples, lr is for batches of that size and grows with the root of `samples` (DINOv2).
     Gradients are clipped to norm `clip` per submodule, the first two parts of a path, as in DINOv2.
     """
-    lr = cosine(config.lr, config.end_lr, steps, config.warmup)
+    peak = config.lr * (samples / config.get("lr_samples", samples)) ** 0.5
+    lr = cosine(peak, config.end_lr, steps, config.warmup)
     decay = cosine(config.weight_decay, config.end_weight_decay, steps)
     rate = rates(config, shapes)
     adam = optax.scale_by_adam(config.b1, config.b2, mu_dtype=jnp.float32)
@@ -96,7 +99,14 @@ def rates(config: Config, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[st
 
 
 def _first(rules: Any, paths: list[str], what: str) -> dict[str, Any]:
+    """The first match of each path; a rule that none matches is a slip of the pen."""
     rules = [(str(pattern), value) for pattern, value in rules]
+    idle = [pattern for pattern, _ in rules if not any(re.fullmatch(pattern, p) for p in paths)]
+    if idle:
+        raise UserError(
+            f"config.optimiser: the {what} rule {idle[0]!r} matches no parameter",
+            f"Paths look like {paths[0]}; `--dry-run` lists them",
+        )
     return {path: value for path, (value, _) in resolve(rules, paths, what).items()}
 
 

@@ -79,22 +79,27 @@ class Probe:
         self.labels, self.groups = np.array(labels), np.array(groups)
         self.folds = settings.folds
 
-    def __call__(self, encode: Callable[[Any, Mapping[str, Any]], Any], product: Any) -> dict:
-        """{"<name>/knn_accuracy", "…/knn_auroc", "…/linear_accuracy", "…/linear_auroc", "…/chance"}.
+    def features(self, encode: Callable[[Any, Mapping[str, Any]], Any], product: Any) -> np.ndarray:
+        """(n, d) of every tile.
 
         Args:
             encode: jitted `Method.encode`, to (b, d). Over several processes all call this, and the result
                 must be replicated.
             product: its parameters.
+        """
+        parts = [
+            np.asarray(encode(product, {"image": batch}), np.float32)[:count]
+            for batch, count in self._batches()
+        ]
+        return np.concatenate(parts)
+
+    def scores(self, features: np.ndarray) -> dict[str, float]:
+        """{"<name>/knn_accuracy", "…/knn_auroc", "…/linear_accuracy", "…/linear_auroc", "…/chance"}.
 
         Raises:
             UserError: features that are not finite; too few cases of a class (`evaluation.probes.probe`).
         """
-        features = [
-            np.asarray(encode(product, {"image": batch}), np.float32)[:count]
-            for batch, count in self._batches()
-        ]
-        return self._values(self.name, np.concatenate(features))
+        return self._values(self.name, features)
 
     def baselines(self) -> dict[str, float]:
         """The same, as "<name>/mean_rgb/…", of mean colour: what a useful encoder must beat."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -82,7 +83,7 @@ def make_plan(method: Method, config: Config, batch: Mapping[str, Any], mesh: Me
                 f"{path} follows {source}, which is not trained", "Check the method's roles"
             )
     init_opt, update = optimiser.make(
-        config.optimiser, config.steps, {p: abstract[p] for p in trained}
+        config.optimiser, config.steps, {p: abstract[p] for p in trained}, samples
     )
 
     def init() -> State:
@@ -182,9 +183,15 @@ def saved_part(state: State) -> State:
 
 
 def on_host(tree: Any, mesh: Mesh) -> Any:
-    """Sharded arrays as whole NumPy arrays, on every process."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(np.asarray, jax.jit(lambda x: x, out_shardings=whole)(tree))
+    """Sharded arrays as whole NumPy arrays, on every process, one array at a time."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    return jax.tree.map(lambda x: np.asarray(_gather(mesh)(x)), tree)
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[Array], Array]:
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def _part(role: Any) -> str:

@@ -55,7 +55,8 @@ def test_the_processes_rows_together_are_the_batch(grid_dir: Path, processes: in
     whole = take(grid_dir, 3, first_batch=1)
     each = SPEC.samples // processes
     shares = [
-        take(grid_dir, 3, first_batch=1, rows=(i * each, (i + 1) * each)) for i in range(processes)
+        take(grid_dir, 3, first_batch=1, rows=[(i * each, (i + 1) * each)])
+        for i in range(processes)
     ]
     assert shares[0][0]["window"].shape == (each, 64, 64, 3)
     together = [
@@ -66,12 +67,21 @@ def test_the_processes_rows_together_are_the_batch(grid_dir: Path, processes: in
 
 
 def test_a_process_reads_its_own_records_only():
-    """Regions: batch 5 of 4, the second half of it."""
+    """Regions: batch 5 of 4, the second half of it; then runs that are no neighbours."""
     records = [{"x": np.array([i])} for i in range(100)]
-    assert RegionBatches(records, 4, 2, 4)[5]["x"].tolist() == [[22], [23]]
+    assert RegionBatches(records, 4, ((2, 4),))[5]["x"].tolist() == [[22], [23]]
+    assert RegionBatches(records, 4, ((0, 1), (3, 4)))[5]["x"].tolist() == [[20], [23]]
 
 
-@pytest.mark.parametrize("how", [{"rows": (0, 3)}, {"rows": (1, 8)}])
+def test_runs_of_rows_that_are_no_neighbours_are_those_of_the_batch(grid_dir: Path):
+    """As the hosts of a TPU pod read them."""
+    whole = take(grid_dir, 2)
+    part = take(grid_dir, 2, rows=[(0, 2), (6, 8)])
+    for one, all_ in zip(part, whole, strict=True):
+        np.testing.assert_array_equal(one["window"], all_["window"][[0, 1, 6, 7]])
+
+
+@pytest.mark.parametrize("how", [{"rows": [(0, 3)]}, {"rows": [(1, 8)]}])
 def test_rows_that_split_a_field_between_processes_are_refused(grid_dir: Path, how: dict):
     with pytest.raises(UserError, match="windows a field"):
         take(grid_dir, 1, **how)

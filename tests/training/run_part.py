@@ -1,4 +1,4 @@
-"""Part of a training run on fake devices, for test_resume.py: dies right after a checkpoint.
+"""Part of a training run on fake devices, for test_resume.py: kills itself right after a checkpoint.
 
 python run_part.py CONFIG.json WORKDIR DEVICES WORKERS STOP_AFTER
 """
@@ -6,6 +6,8 @@ python run_part.py CONFIG.json WORKDIR DEVICES WORKERS STOP_AFTER
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 
 import jax
@@ -24,7 +26,7 @@ def main(config: str, workdir: str, devices: str, workers: str, stop_after: str)
         save(manager, step, state)
         if step == int(stop_after):
             checkpoints.finish(manager)
-            sys.exit(9)
+            os.kill(os.getpid(), signal.SIGKILL)
 
     checkpoints.save = save_and_die
     with open(config) as file:

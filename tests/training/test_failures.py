@@ -10,7 +10,7 @@ import pytest
 
 from pathme_jax.errors import UserError
 from pathme_jax.files import read_json
-from pathme_jax.training.loop import train
+from pathme_jax.training.loop import _alone, train
 
 
 def checkpoints(workdir: Path) -> list[int]:
@@ -37,6 +37,23 @@ def test_a_nan_at_the_step_of_a_checkpoint_is_not_saved(outside, tmp_path: Path)
 def test_a_misspelt_key_is_named(outside):
     line = outside.refused("run", "--config.optimiser.leaning_rate=1")
     assert "leaning_rate" in line
+
+
+def test_a_wrong_setting_is_named_and_does_not_claim_the_folder(outside, tmp_path: Path):
+    """The corrected command must not be told that the folder holds another run."""
+    outside.config.log_every = 0
+    assert "config.log_every = 0" in outside.refused("run")
+    outside.config.log_every, outside.config.mesh = 5, {"data": 3}
+    assert "does not make 1 devices" in outside.refused("run")
+    outside.config.mesh = {"data": 1}
+    assert outside.start("run").wait(120) == 0
+
+
+def test_a_folder_takes_one_run_at_a_time(outside, tmp_path: Path, monkeypatch):
+    config = outside.here(monkeypatch)
+    with _alone(tmp_path / "run"), pytest.raises(UserError, match="another process is training"):
+        train(config, tmp_path / "run", progress=False)
+    assert "--processes without --coordinator" in outside.refused("run", "--processes", "2")
 
 
 def test_a_missing_shard_is_named(outside, tmp_path: Path):
@@ -115,6 +132,7 @@ def test_no_compilation_after_the_second_step(outside, tmp_path: Path, monkeypat
 
     config = outside.here(monkeypatch)
     config.steps = 30
+    config.profile = {"first": 5, "steps": 3}
     seen: list[int] = []
     at = {"step": -1}
     from pathme_jax.training import loop
@@ -137,6 +155,7 @@ def test_no_compilation_after_the_second_step(outside, tmp_path: Path, monkeypat
     finally:
         jax.monitoring.clear_event_listeners()
     assert at["step"] == 30 and not seen
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
 def test_a_run_starts_from_the_weights_of_another(

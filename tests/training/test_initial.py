@@ -30,7 +30,7 @@ def weights(**changes) -> dict[str, np.ndarray]:
 
 def test_student_and_teacher_start_there_and_the_rest_as_drawn():
     given = weights()
-    found = put(state(), given, ["student/b"], FOLLOWS)
+    found = put(state(), given, FOLLOWS, "student/b")
     for path, value in given.items():
         np.testing.assert_array_equal(found["trained"][path], value)
         np.testing.assert_array_equal(found["ema"][path.replace("student", "teacher")], value)
@@ -39,7 +39,7 @@ def test_student_and_teacher_start_there_and_the_rest_as_drawn():
 
 def test_positions_of_another_grid_are_interpolated():
     given = weights(**{"student/b/positions": (8, 8, 3)})
-    found = put(state(), given, ["student/b"], FOLLOWS)
+    found = put(state(), given, FOLLOWS, "student/b")
     expected = resize_positions(jnp.asarray(given["student/b/positions"]), (4, 4))
     np.testing.assert_allclose(found["trained"]["student/b/positions"], expected, atol=1e-6)
     np.testing.assert_allclose(found["ema"]["teacher/b/positions"], expected, atol=1e-6)
@@ -59,4 +59,4 @@ def test_weights_that_do_not_fit_are_refused_by_name(given, said):
     if "missing" in said:
         del given["student/b/positions"]
     with pytest.raises(UserError, match=said):
-        put(state(), given, ["student/b"], FOLLOWS)
+        put(state(), given, FOLLOWS, "student/b")

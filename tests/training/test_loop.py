@@ -47,7 +47,7 @@ def test_a_method_outside_the_package_trains_is_killed_resumes_and_extracts(
 
 
 def test_dinov2_resumed_equals_uninterrupted_bit_for_bit(config: ConfigDict, tmp_path: Path):
-    """Two steps, a checkpoint, two more in a new process state: the same as four in one go."""
+    """Two steps, a checkpoint, two more from it: the same as four in one go. (By SIGKILL: test_resume.)"""
     whole = train(config, tmp_path / "whole", progress=False)
     real = loop.checkpoints.ocp.CheckpointManager.save
 

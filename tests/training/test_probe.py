@@ -41,13 +41,13 @@ def test_values_are_those_of_the_features_whatever_the_batch(settings, monkeypat
 
     probe = Probe(settings)
     assert len(probe.images) == 24
-    values, beside = probe(encode, 1.0), probe.baselines()
+    values, beside = probe.scores(probe.features(encode, 1.0)), probe.baselines()
     assert set(values) == {
         f"probe/detail/{name}"
         for name in ("knn_accuracy", "knn_auroc", "linear_accuracy", "linear_auroc", "chance")
     }
     monkeypatch.setattr(module, "BATCH", 7)
-    assert probe(encode, 1.0) == pytest.approx(values)
+    assert probe.scores(probe.features(encode, 1.0)) == pytest.approx(values)
     assert {f"probe/detail/mean_rgb/{k.split('/')[-1]}": v for k, v in values.items()} == beside
     assert shapes == {((64, 256, 256, 3), "uint8"), ((7, 256, 256, 3), "uint8")}
 
@@ -60,7 +60,7 @@ def test_an_encoder_that_knows_the_answer_scores_one(settings):
         known = [float(answer.get(x.tobytes(), 0)) for x in batch["image"]]
         return np.array([[1 - a, a] for a in known], np.float32)
 
-    values = probe(encode, None)
+    values = probe.scores(probe.features(encode, None))
     assert values.pop("probe/detail/chance") == 0.5
     assert set(values.values()) == {1.0}
 
