@@ -59,7 +59,7 @@ def _spread(
     with concurrent.futures.ProcessPoolExecutor(
         min(workers, len(jobs)),
         mp_context=multiprocessing.get_context("spawn"),  # forks and threads do not mix
-        initializer=_start,
+        initializer=started,
         initargs=(os.getpid(),),
     ) as pool:
         futures = {pool.submit(work, job): job for job in jobs}
@@ -76,7 +76,8 @@ def _spread(
     return results, lost
 
 
-def _start(parent: int) -> None:
+def started(parent: int, *_: int) -> None:
+    """First thing a worker does: OpenCV gets one thread, and a killed parent ends it."""
     cv2.setNumThreads(1)
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from pathme_jax.errors import UserError
 from pathme_jax.records import fields
 from pathme_jax.records.regions import RegionSource
 from pathme_jax.training.contract import BatchSpec
+from pathme_jax.workers import started
 
 
 def open_source(folder: str | Path, spec: BatchSpec) -> fields.Source | RegionSource:
@@ -102,7 +104,10 @@ def batches(
     if workers:
         if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, even outside absl.app
             flags.FLAGS.mark_as_parsed()
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        stream = stream.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers),
+            worker_init_fn=functools.partial(started, os.getpid()),
+        )
     with contextlib.closing(iter(stream)) as made_batches:
         yield from made_batches
 

@@ -16,7 +16,7 @@ import numpy as np
 from pathme_jax.errors import UserError
 from pathme_jax.losses import self_distillation as ssl
 from pathme_jax.models.heads import PrototypeHead
-from pathme_jax.models.transformer import REMAT, drop_path_rows
+from pathme_jax.models.transformer import REMAT, drop_path_rows, take_rows
 from pathme_jax.models.vit import ViT
 from pathme_jax.training.contract import TRAINED, BatchSpec, Config, EmaOf, Params, Rules
 from pathme_jax.training.keys import substream
@@ -181,9 +181,9 @@ class DINOv2:
         # the mean is over all images, as in DINOv2's code.
         rows = masks.rows(self.masks, views["mask"])
         share = 1 / jnp.maximum(mask.sum(1, keepdims=True), 1)
-        weight = _gather(jnp.broadcast_to(share, mask.shape), rows)
-        hidden = project(student, self.ibot, _gather(seen["tokens"], rows))
-        truth = project(teacher, self.ibot, _gather(known["tokens"], rows))
+        weight = take_rows(_rows(jnp.broadcast_to(share, mask.shape)), rows)
+        hidden = project(student, self.ibot, take_rows(_rows(seen["tokens"]), rows))
+        truth = project(teacher, self.ibot, take_rows(_rows(known["tokens"]), rows))
         everywhere = jnp.ones(len(truth))
         patch_target = ssl.assign(c.targets, truth, aux["ibot"], temperature, everywhere)
         ibot = (ssl.cross_entropy(hidden, patch_target) * weight).sum() / (2 * b)
@@ -248,13 +248,6 @@ class DINOv2:
 def _rows(x: Array) -> Array:
     """(b, v, ...) to (b * v, ...): samples stay outermost, so that a sharded batch stays where it is."""
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
-
-
-def _gather(tokens: Array, rows: Array) -> Array:
-    """Tokens (b * v, n, …) at rows (blocks, t) of each block's tokens: (blocks * t, …)."""
-    tokens = tokens.reshape(len(rows), -1, *tokens.shape[2:])
-    taken = jax.vmap(lambda block, at: block[at])(tokens, rows)
-    return taken.reshape(-1, *taken.shape[2:])
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

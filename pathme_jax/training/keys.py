@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 
 import jax
-import jax.numpy as jnp
 
 Array = jax.Array
 
@@ -27,8 +26,3 @@ def sample_keys(seed: int, stream: str, index: Array) -> Array:
 def substream(keys: Array, number: int | Array) -> Array:
     """(b,) keys to (b,) other keys, one set for each number."""
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
-
-
-def substreams(keys: Array, count: int) -> Array:
-    """(b,) keys to (count, b) others."""
-    return jax.vmap(substream, (None, 0))(keys, jnp.arange(count))
