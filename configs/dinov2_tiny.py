@@ -9,6 +9,7 @@ What is smaller than the paper's recipe, and why:
 - the teacher's temperature starts at 0.02 and global crops overlap much: at 0.04-0.07 with little overlap
   so small a model stayed at the uniform assignment (the two were changed together);
 - the teacher's momentum starts at 0.98, since a short run's teacher must move;
+- tokens and positions do not decay either;
 - 256 px tiles are encoded as four parts of the crops' size.
 """
 
