@@ -17,17 +17,25 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pathme_jax.encoders.descriptors import mean_rgb
 from pathme_jax.errors import UserError
 from pathme_jax.evaluation import probes
+from pathme_jax.files import read_json
+from pathme_jax.models.placement import by_sample
 from pathme_jax.records import fields
 from pathme_jax.records.labels import read_labels
-from pathme_jax.training.contract import Config
+from pathme_jax.training import checkpoints, watch
+from pathme_jax.training.contract import Config, Method
+from pathme_jax.training.step import Plan, on_host, params_of
 
 BATCH = 64  # images; constant, so that the encoder is compiled once
 
@@ -151,3 +159,56 @@ def _tissue_windows(tissue: np.ndarray, field: int, side: int) -> np.ndarray:
     count = field // side
     blocks = is_tissue[: count * side, : count * side].reshape(count, side, count, side)
     return np.argwhere(blocks.mean((1, 3)) >= 0.5) * side
+
+
+class Probing:
+    """kNN and linear probes of the product, logged, and the best step's product kept in <workdir>/best.
+
+    A line of step n tells of the state after that step's update; the one of step -1 of random weights,
+    with mean colour beside it. Every process computes features; process 0 judges and decides.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        method: Method,
+        plan: Plan,
+        workdir: Path,
+        what: dict[str, Any],
+        log: watch.Log,
+    ):
+        self.probe, self.method, self.mesh = Probe(config.probe), method, plan.mesh
+        self.workdir, self.what, self.log = workdir / "best", what, log
+
+        def encode(product: Any, batch: Any) -> Any:
+            with jax.sharding.use_abstract_mesh(plan.mesh.abstract_mesh):
+                return method.encode(product, {k: by_sample(x) for k, x in batch.items()})
+
+        self.encode = jax.jit(encode, out_shardings=NamedSharding(plan.mesh, PartitionSpec()))
+
+    def __call__(self, state: Any, done: int) -> None:
+        product = self.method.product(params_of(state))
+        features = self.probe.features(self.encode, product)
+        values, better = {}, False
+        if jax.process_index() == 0:
+            values = self.probe.scores(features)
+            more = self.probe.baselines() if done == 0 else {}
+            self.log.write(done - 1, {**values, **more}, {})
+            better = done > 0 and values[f"{self.probe.name}/linear_auroc"] > self._best()
+        if jax.process_count() > 1:
+            better = bool(multihost_utils.broadcast_one_to_all(np.array(better)))
+        if better:
+            product = on_host(product, self.mesh)
+            if jax.process_index() == 0:
+                checkpoints.write_product(
+                    self.workdir,
+                    f"{self.workdir.parent.name}-best",
+                    product,
+                    step=done,
+                    identity=self.what,
+                    score=values[f"{self.probe.name}/linear_auroc"],
+                )
+
+    def _best(self) -> float:
+        path = self.workdir / "product.json"
+        return read_json(path)["score"] if path.exists() else -1.0

@@ -10,7 +10,8 @@ import pytest
 
 from pathme_jax.errors import UserError
 from pathme_jax.files import read_json
-from pathme_jax.training.loop import _alone, train
+from pathme_jax.training.loop import train
+from pathme_jax.training.workdir import alone
 
 
 def checkpoints(workdir: Path) -> list[int]:
@@ -51,7 +52,7 @@ def test_a_wrong_setting_is_named_and_does_not_claim_the_folder(outside, tmp_pat
 
 def test_a_folder_takes_one_run_at_a_time(outside, tmp_path: Path, monkeypatch):
     config = outside.here(monkeypatch)
-    with _alone(tmp_path / "run"), pytest.raises(UserError, match="another process is training"):
+    with alone(tmp_path / "run"), pytest.raises(UserError, match="another process is training"):
         train(config, tmp_path / "run", progress=False)
     assert "--processes without --coordinator" in outside.refused("run", "--processes", "2")
 
