@@ -20,6 +20,7 @@ import pytest
 
 from pathme_jax.losses import self_distillation as ssl
 from pathme_jax.training.schedules import cosine
+from pathme_jax.views.masks import MaskPlan, _paint
 
 MAKE = runpy.run_path(str(Path(__file__).parents[1] / "references" / "make_ssl.py"))
 TEMPERATURE = MAKE["TEACHER_TEMPERATURE"]
@@ -88,3 +89,15 @@ def test_sinkhorn(lightly, given):
 def test_the_teachers_momentum(lightly):
     ours = [cosine(0.992, 1.0, 100)(jnp.array(step)) for step in (0, 25, 50, 100)]
     np.testing.assert_allclose(ours, lightly["momentum"], rtol=1e-6)
+
+
+def test_block_masks_from_the_same_draws(lightly):
+    """Every token lightly paints, and where it stops short, more at random up to the exact count."""
+    plan = MaskPlan(MAKE["GRID"])
+    order = np.random.default_rng(0).random(14 * 14).astype(np.float32)
+    reached = 0
+    for draws, painted in zip(MAKE["mask_draws"](), lightly["masks"], strict=True):
+        ours = np.asarray(_paint(jnp.asarray(draws), jnp.asarray(order), jnp.array(40), plan))
+        assert ours.sum() == MAKE["MASKED"] and ours[painted].all()
+        reached += len(painted) == MAKE["MASKED"]
+    assert reached == 5  # so they agree token by token

@@ -37,6 +37,46 @@ def inputs() -> dict[str, np.ndarray]:
     return {"mask": mask, **{name: x.astype(np.float32) for name, x in draws.items()}}
 
 
+GRID, MASKED = (
+    (14, 14),
+    40,
+)  # small enough that no rectangle is as long as the grid, which lightly refuses
+
+
+def mask_draws() -> np.ndarray:
+    """Uniform draws of five masks, 40 attempts each: area, aspect, top, left."""
+    return np.random.default_rng(7).random((5, 40, 4)).astype(np.float32)
+
+
+class Replay:
+    """Stands in for `random`: one row of draws an attempt, whether or not all four are asked for."""
+
+    def __init__(self, draws: np.ndarray):
+        self.draws, self.attempt, self.asked = draws.astype(float), -1, 2
+
+    def uniform(self, low: float, high: float) -> float:
+        if self.asked >= 2:
+            self.attempt, self.asked = self.attempt + 1, 0
+        self.asked += 1
+        return low + self.draws[self.attempt, self.asked - 1] * (high - low)
+
+    def randint(self, low: int, high: int) -> int:
+        self.asked += 1
+        return low + int(self.draws[self.attempt, self.asked - 1] * (high - low + 1))
+
+
+def block_masks() -> list[list[int]]:
+    """Flat positions lightly's block masking paints from those draws (it may stop short of MASKED)."""
+    from lightly.models import utils
+
+    found = []
+    for draws in mask_draws():
+        utils.random = Replay(draws)  # type: ignore[assignment]
+        mask = utils.random_block_mask_image(GRID, MASKED)
+        found.append(np.flatnonzero(mask.numpy()).tolist())
+    return found
+
+
 def answers() -> dict[str, Any]:
     """lightly's losses, their gradients with respect to the student, and the centres afterwards."""
     import lightly
@@ -79,8 +119,11 @@ def answers() -> dict[str, Any]:
     found["momentum"] = torch.tensor(
         [cosine_schedule(step, 101, 0.992, 1.0) for step in (0, 25, 50, 100)], dtype=torch.float64
     )
+    masks = {"masks": block_masks()}
     told = {"versions": {"lightly": lightly.__version__, "torch": torch.__version__}}
-    return told | {name: np.asarray(value.detach()).tolist() for name, value in found.items()}
+    return (
+        told | masks | {name: np.asarray(value.detach()).tolist() for name, value in found.items()}
+    )
 
 
 if __name__ == "__main__":
