@@ -6,7 +6,7 @@ result does not depend on which device or batch slot it is in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -190,12 +190,14 @@ class Stack(nn.Module):
             length=self.depth,
             unroll=self.unroll,
         )(
-            self.heads,
-            self.mlp_ratio,
-            self.ffn,
-            self.layer_scale,
-            self.attention,
-            self.dtype,
+            dict(
+                heads=self.heads,
+                mlp_ratio=self.mlp_ratio,
+                ffn=self.ffn,
+                layer_scale=self.layer_scale,
+                attention=self.attention,
+                dtype=self.dtype,
+            ),
             name="layers",
         )
         return layers(tokens, prompts, kept, valid)[0]
@@ -209,14 +211,9 @@ REMAT: dict[str, Callable[..., Any] | None] = {
 
 
 class _Layer(nn.Module):
-    """What `Stack` scans: one block, applied to every group."""
+    """What `Stack` scans: one `Block` of these settings, applied to every group."""
 
-    heads: int
-    mlp_ratio: float
-    ffn: str
-    layer_scale: float
-    attention: str
-    dtype: Dtype
+    settings: Mapping[str, Any]
 
     @nn.compact
     def __call__(
@@ -226,15 +223,7 @@ class _Layer(nn.Module):
         kept: list[Array | None],
         valid: list[Array | None],
     ) -> tuple[list[Array], None]:
-        block = Block(
-            self.heads,
-            self.mlp_ratio,
-            self.ffn,
-            self.layer_scale,
-            self.attention,
-            self.dtype,
-            name="block",
-        )
+        block = Block(**self.settings, name="block")
         out = []
         for x, seen, rows in zip(tokens, valid, kept, strict=True):
             x = by_sample(x)

@@ -65,7 +65,11 @@ class BatchSpec:
 
 
 class Method(Protocol):
-    """Built from the config alone: `Method(config)`."""
+    """Built from the config alone: `Method(config)`.
+
+    It may also have `pictures(views) -> {kind: (b, h, w, 3) in [0, 1]}`: then a run begins with
+    <workdir>/views.png, a few samples as the model sees them.
+    """
 
     batch_spec: BatchSpec
 

@@ -104,11 +104,11 @@ class OfProcess:
 
 def test_a_process_reads_the_rows_of_its_devices():
     """Two of them may hold the same rows, where the model is sharded too."""
-    assert rows_of(OfProcess(slice(4, 6), slice(6, 8), slice(4, 6)), 8) == [(4, 8)]  # type: ignore
-    assert rows_of(OfProcess(slice(None)), 8) == [(0, 8)]  # type: ignore
+    assert rows_of(OfProcess(slice(4, 6), slice(6, 8), slice(4, 6)), 8) == [(4, 8)]
+    assert rows_of(OfProcess(slice(None)), 8) == [(0, 8)]
 
 
 def test_scattered_rows_are_several_runs():
     """As on a TPU pod, where the mesh follows the network and not the hosts."""
     held = OfProcess(slice(4, 6), slice(0, 1), slice(1, 2))
-    assert rows_of(held, 8) == [(0, 2), (4, 6)]  # type: ignore
+    assert rows_of(held, 8) == [(0, 2), (4, 6)]
