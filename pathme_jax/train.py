@@ -101,7 +101,12 @@ def parse(argv: list[str]) -> list[str]:
     """Flags, with what is wrong with them in one line."""
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except (AttributeError, KeyError) as error:  # often the bare key, or the one that was meant
+        said = " ".join(str(error).split())
+        raise UserError(
+            f"the config has no such key: {said}", "Config keys are those of the config file"
+        ) from error
+    except (flags.Error, TypeError, ValueError, OSError) as error:
         said = " ".join(str(error).replace("\\n", " ").split())
         raise UserError(said, "See --help; config keys are those of the config file") from error
 

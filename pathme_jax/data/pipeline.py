@@ -192,9 +192,8 @@ def cut_windows(
     centres = (tissue[rng.integers(len(tissue), size=count)] + rng.random((count, 2))) * tile
     corners = np.round(centres - extents[:, None] / 2).clip(0, side - extents[:, None]).astype(int)
     whole = np.flatnonzero(extents == side)
-    for i in whole[
-        1:
-    ]:  # the field has one such place, and duplicates teach nothing: draw a finer one
+    # The field has one such place, and duplicates teach nothing: draw finer ones.
+    for i in whole[1:]:
         finest = int(np.argmin(mpps))
         drawn[i], extents[i] = mpps[finest], round(px * mpps[finest] / stored)
         corners[i] = np.round(centres[i] - extents[i] / 2).clip(0, side - extents[i]).astype(int)
