@@ -102,7 +102,7 @@ def parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (AttributeError, KeyError) as error:  # often the bare key, or the one that was meant
-        said = " ".join(str(error).split())
+        said = " ".join(str(error).split()).strip("\"'")
         raise UserError(
             f"the config has no such key: {said}", "Config keys are those of the config file"
         ) from error

@@ -91,7 +91,7 @@ def test_bad_input_is_one_line_and_exit_code_2(command, expected, tmp_path):
     ("arguments", "expected"),
     [
         (["--config.optimizer.lr=1"], "optimiser"),  # with the key that was meant
-        (["--config.model.remat=full"], "the config has no such key: 'remat'"),
+        (["--config.model.remat=full"], "the config has no such key: remat"),
         (["--config.steps=many"], "many"),
         (["--config.data.path=absent"], "absent: no slides.csv"),
     ],
