@@ -2,7 +2,8 @@
 
     python -m pathme_jax.train --config configs/dinov2.py:L/16 --workdir runs/vitl16 --config.data.path=OUT/20x-…
 
-Variants: S/16 B/16 L/16 H/14 g/14. Try it without a GPU first: `--dry-run --devices 8` prints every
+Variants: S/16 B/16 L/16 H/14 g/14, or an encoder of `python -m pathme_jax.encoders list`, to go on from its
+converted weights: `--config configs/dinov2.py:uni --config.initial.path=DIR`. Try it without a GPU first: `--dry-run --devices 8` prints every
 parameter with its role, rates and place, FLOPs, memory and communication.
 
 Values are those of the paper's ViT-L (125,000 steps of 2,048 images) and, for g/14, of its giant, but for:
@@ -20,19 +21,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from pathme_jax.encoders.zoo import ENCODERS
 from pathme_jax.models.vit import SIZES
 
 NAMES = {"S": "small", "B": "base", "L": "large", "H": "huge", "g": "giant"}
 
 
 def get_config(variant: str = "L/16") -> Any:
-    size, _, patch = variant.partition("/")
-    if size not in NAMES or patch not in ("8", "14", "16"):
-        raise ValueError(
-            f"unknown variant {variant!r}; expected one of S B L H g, a slash and 8, 14 or 16"
-        )
-    giant = size == "g"
-    patch = int(patch)
+    model = _architecture(variant)
+    giant, patch = model["width"] >= 1536, model["patch"]
     config: Any = ConfigDict()
     config.method = "pathme_jax.methods.dinov2:DINOv2"
     config.seed = 0
@@ -43,19 +40,14 @@ def get_config(variant: str = "L/16") -> Any:
         samples=2048, block=8, window_px=256, mpps=(0.5, 1.0, 2.0), windows_per_field=4
     )
     config.model = dict(
-        **SIZES[NAMES[size]],
-        patch=patch,
-        mlp_ratio=4.0,
-        layer_scale=1e-5,
-        registers=4,
-        grid=224 // patch,
+        **model,
         # From L on, what a layer computed between its products would take most of a GPU's memory.
-        remat="none" if size in "SB" else "dots",
+        remat="none" if model["width"] <= 768 else "dots",
         unroll=1,
         attention="xla",
         dtype="bfloat16",
     )
-    config.encode_px = 224
+    config.encode = dict(resize=224)  # tiles become such an image, see encoders.zoo.Input
     config.head = dict(
         prototypes=131_072 if giant else 65_536,
         hidden=2048,
@@ -129,3 +121,16 @@ def get_config(variant: str = "L/16") -> Any:
     config.checkpoint = dict(every=epoch, keep=3)
     config.log_every = 10
     return config
+
+
+def _architecture(variant: str) -> dict[str, Any]:
+    if variant in ENCODERS:
+        return dict(ENCODERS[variant].model)
+    size, _, patch = variant.partition("/")
+    if size not in NAMES or patch not in ("8", "14", "16"):
+        raise ValueError(
+            f"unknown variant {variant!r}; expected one of S B L H g, a slash and 8, 14 or 16; or an"
+            f" encoder: {', '.join(ENCODERS)}"
+        )
+    rest: dict[str, Any] = dict(mlp_ratio=4.0, layer_scale=1e-5, registers=4)
+    return {**SIZES[NAMES[size]], "patch": int(patch), **rest, "grid": 224 // int(patch)}

@@ -30,7 +30,7 @@ def get_config(variant: str = "") -> Any:
     config.model = dict(
         patch=8, width=64, depth=2, heads=1, mlp_ratio=4.0, layer_scale=1.0, registers=0, grid=12
     )
-    config.encode_px = 128
+    config.encode = dict(part=128)  # see encoders.zoo.Input
     config.head = dict(prototypes=128, hidden=256, bottleneck=64)
     config.views = dict(
         # shares of the window's area: sides of 86-106 px become 96, 42-53 px become 48

@@ -7,6 +7,8 @@ import pytest
 
 from configs import dinov2
 from pathme_jax.data import pipeline
+from pathme_jax.encoders import patch
+from pathme_jax.encoders.zoo import ENCODERS
 from pathme_jax.training.contract import load_method
 from pathme_jax.training.sharding import make_mesh
 from pathme_jax.training.step import make_plan
@@ -36,6 +38,18 @@ def test_the_published_recipe_at_every_size(variant, millions, heads):
         8,
     )
     assert views["mask"].shape == (2048, 2, side * side)
+
+
+@pytest.mark.parametrize("name", ["uni", "virchow2", "h-optimus-0", "kaiko-s8", "conch-v1.5"])
+def test_it_goes_on_from_a_public_encoder(name):
+    """The model to train is the converted one's, parameter by parameter."""
+    config = dinov2.get_config(name)
+    method = load_method(config)
+    batch = pipeline.shapes(None, method.batch_spec)
+    params, _ = jax.eval_shape(method.init, jax.random.key(0), batch)
+    expected = patch.abstract(ENCODERS[name])["backbone"]
+    shapes = jax.tree.map(lambda x: x.shape, params["student"]["backbone"])
+    assert shapes == jax.tree.map(lambda x: x.shape, expected)
 
 
 @pytest.mark.parametrize("variant", ["XL/16", "L", "L/15", ""])

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pathme_jax.encoders.load import Encoder, load
+from pathme_jax.encoders.encoder import Encoder, load
 from pathme_jax.errors import UserError
 from pathme_jax.files import digest, read_json
 from pathme_jax.records import features as feature_files

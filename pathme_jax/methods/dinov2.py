@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pathme_jax.encoders import patch
+from pathme_jax.encoders.zoo import Definition, Input
 from pathme_jax.errors import UserError
 from pathme_jax.losses import self_distillation as ssl
 from pathme_jax.models.heads import PrototypeHead
@@ -27,6 +29,7 @@ from pathme_jax.views.images import Crop, many, normalise
 
 Array = jax.Array
 IBOT_HEADS = ("separate", "shared")
+RUNNING = ("remat", "unroll", "attention", "dtype")  # of a model: how it is computed, not what
 
 
 class DINOv2:
@@ -224,25 +227,27 @@ class DINOv2:
     def product(self, params: Params) -> Params:
         return params["teacher"]["backbone"]
 
-    def encode(self, product: Params, batch: Mapping[str, Array]) -> Array:
-        """(b, h, w, 3) uint8 to (b, d): the CLS token, averaged over parts of `encode_px` pixels.
+    def definition(self) -> Definition:
+        """What `product` is: the EMA teacher's ViT, read by its CLS token."""
+        how = {"resize": 0, "crop": 0, **self.config.encode}
+        model = {k: v for k, v in self.config.model.items() if k not in RUNNING}
+        return Definition(
+            name="dinov2",
+            model=model,
+            input=Input(
+                **how, mean=tuple(self.config.views.mean), std=tuple(self.config.views.std)
+            ),
+            positions="patches",
+            licence="that of whoever trained it",
+            source="trained with pathme_jax",
+            mpp=tuple(self.config.batch.mpps),
+            tile_px=self.config.batch.window_px,
+        )
 
-        A small model learns on small crops; parts of that size keep it where it was trained, and cost
-        less attention than the whole image. Smaller images, and all with encode_px = 0, are encoded whole.
-        """
-        images = batch["image"]
-        b, side = images.shape[:2]
-        px = min(self.config.encode_px or side, side)
-        if side % px or images.shape[2] != side:
-            raise UserError(
-                f"images of {side}x{images.shape[2]} px do not divide into parts of {px} px",
-                "Change config.encode_px",
-            )
-        parts = images.reshape(b, side // px, px, side // px, px, 3).swapaxes(2, 3)
-        parts = parts.reshape(-1, px, px, 3).astype(jnp.float32) / 255
-        parts = normalise(parts, tuple(self.config.views.mean), tuple(self.config.views.std))
-        cls = self.backbone.apply({"params": product}, parts)["cls"]
-        return cls.reshape(b, -1, cls.shape[-1]).mean(1)
+    def encode(self, product: Params, batch: Mapping[str, Array]) -> Array:
+        """(b, h, w, 3) uint8 to (b, d): the CLS token, see `config.encode`."""
+        dtype = self.config.model.get("dtype", "float32")
+        return patch.encode(self.definition(), {"backbone": product}, batch["image"], dtype)
 
 
 def _rows(x: Array) -> Array:

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from pathme_jax.models.heads import unit
+from pathme_jax.models.resample import resize_positions
 from pathme_jax.models.transformer import (
     Stack,
     attend,
     fan_in_normal,
-    resize_positions,
     trunc_normal,
 )
 
@@ -68,7 +68,7 @@ class RegionEncoder(nn.Module):
         """5x features. Each block gets its own prompts; what it made of the last ones is dropped."""
         x, seen = self._embed(grid, valid, mask)
         slots = 1 + self.prompts
-        place = jnp.zeros((len(x), self.prompts, self.width), x.dtype)
+        place = jnp.zeros((x.shape[0], self.prompts, self.width), x.dtype)
         x = jnp.concatenate([x[:, :1], place, x[:, 1:]], 1)
         seen = jnp.concatenate([seen[:, :1], place[..., 0] == 0, seen[:, 1:]], 1)
         (x,) = self.blocks([(x, seen, kept)], self.deep_prompts)

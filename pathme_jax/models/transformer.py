@@ -110,6 +110,7 @@ class Block(nn.Module):
     mlp_ratio: float = 4.0
     ffn: str = "mlp"
     layer_scale: float = 1e-5
+    epsilon: float = 1e-6
     attention: str = "xla"
     dtype: Dtype = "float32"
 
@@ -121,7 +122,7 @@ class Block(nn.Module):
 
         def branch(name: str, x: Array, valid: Array | None) -> Array:
             x = by_sample(x)
-            y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=f"norm_{name}")(x)
+            y = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name=f"norm_{name}")(x)
             y = by_sample(attention(y, valid) if name == "attention" else mlp(y))
             if not self.layer_scale:
                 return y
@@ -162,6 +163,7 @@ class Stack(nn.Module):
     unroll: int = 1
     attention: str = "xla"
     dtype: Dtype = "float32"
+    epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, groups: Sequence[Group], prompts: Array | None = None) -> list[Array]:
@@ -195,6 +197,7 @@ class Stack(nn.Module):
                 mlp_ratio=self.mlp_ratio,
                 ffn=self.ffn,
                 layer_scale=self.layer_scale,
+                epsilon=self.epsilon,
                 attention=self.attention,
                 dtype=self.dtype,
             ),
@@ -229,7 +232,7 @@ class _Layer(nn.Module):
             x = by_sample(x)
             if prompts is not None:
                 count, width = prompts.shape
-                fresh = jnp.broadcast_to(prompts.astype(x.dtype), (len(x), count, width))
+                fresh = jnp.broadcast_to(prompts.astype(x.dtype), (x.shape[0], count, width))
                 x = jnp.concatenate([x[:, :1], fresh, x[:, 1 + count :]], 1)
             out.append(block(x, seen, rows))
         return out, None
@@ -291,12 +294,3 @@ WITHIN: dict[str, Any] = {
     "unique_indices": True,
     "indices_are_sorted": True,
 }
-
-
-def resize_positions(positions: Array, shape: tuple[int, int]) -> Array:
-    """Bicubic interpolation of a learned position grid: (h0, w0, d) to (*shape, d)."""
-    if positions.shape[:2] == shape:
-        return positions
-    return jax.image.resize(
-        positions.astype(jnp.float32), (*shape, positions.shape[-1]), "cubic", antialias=True
-    )

@@ -10,14 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from pathme_jax.models.placement import by_sample
-from pathme_jax.models.transformer import (
-    Dtype,
-    Group,
-    Stack,
-    fan_in_normal,
-    resize_positions,
-    trunc_normal,
-)
+from pathme_jax.models.resample import resize_positions
+from pathme_jax.models.transformer import Dtype, Group, Stack, fan_in_normal, trunc_normal
 
 Array = jax.Array
 
@@ -41,7 +35,9 @@ class ViT(nn.Module):
         layer_scale: where LayerScale starts; 0 leaves it out.
         registers: extra tokens that are thrown away at the end (Darcet 2024).
         grid: side of the position grid it learns; other image sizes interpolate it. The CLS token's
-            own position is part of `cls_token`.
+            own position is part of `cls_token`, a register's of `registers`.
+        resample: how, see `resample.RULES`.
+        epsilon: of every LayerNorm.
         remat: "none", "dots" or "full"; unroll: see `Stack`.
         attention: "xla" or "cudnn" (bfloat16 only): see `attend`.
         dtype: of the computation; parameters are float32.
@@ -56,6 +52,8 @@ class ViT(nn.Module):
     layer_scale: float = 1e-5
     registers: int = 0
     grid: int = 14
+    resample: str = "bicubic antialias"
+    epsilon: float = 1e-6
     remat: str = "none"
     unroll: int = 1
     attention: str = "xla"
@@ -81,8 +79,9 @@ class ViT(nn.Module):
             self.unroll,
             self.attention,
             self.dtype,
+            self.epsilon,
         )
-        self.norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
+        self.norm = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype)
 
     def __call__(
         self, images: Array, mask: Array | None = None, kept: Array | None = None
@@ -114,7 +113,7 @@ class ViT(nn.Module):
         tokens = by_sample(self.patch_embed(by_sample(patches)))
         if mask is not None:
             tokens = jnp.where(mask[..., None], self.mask_token.astype(tokens.dtype), tokens)
-        positions = resize_positions(self.positions, (rows, columns))
+        positions = resize_positions(self.positions, (rows, columns), self.resample)
         tokens += positions.reshape(1, rows * columns, self.width).astype(tokens.dtype)
         lead = self.lead.astype(tokens.dtype)
         return jnp.concatenate([jnp.broadcast_to(lead, (b, *lead.shape)), tokens], 1)

@@ -137,8 +137,12 @@ def _checkpointer() -> ocp.StandardCheckpointer:
     return ocp.StandardCheckpointer(multiprocessing_options=alone)
 
 
-def load_product(workdir: str | Path) -> tuple[str, Method, Params]:
-    """(name, method, parameters) of a finished training run, or of its folder "best".
+def load_product(
+    workdir: str | Path, dtype: str | None = None
+) -> tuple[str, Method, Params, dict[str, Any]]:
+    """(name, method, parameters, product.json) of a finished training run, or of its folder "best".
+
+    dtype: to compute in, instead of config.model.dtype.
 
     Raises:
         UserError: no product there, or one whose parameters are not those it was written with.
@@ -151,7 +155,12 @@ def load_product(workdir: str | Path) -> tuple[str, Method, Params]:
         )
     about = read_json(workdir / "product.json")
     home = workdir if (workdir / "config.json").exists() else workdir.parent
-    method = load_method(ConfigDict(read_json(home / "config.json")["config"]))
+    run = read_json(home / "config.json")
+    about["made_from"] = run.get("made_from", [])
+    config = run["config"]
+    if dtype and "dtype" in config.get("model", {}):
+        config["model"]["dtype"] = dtype
+    method = load_method(ConfigDict(config))
     like = nested(
         {p: jax.ShapeDtypeStruct(tuple(s), np.dtype(t)) for p, (*s, t) in about["shapes"].items()}
     )
@@ -169,4 +178,4 @@ def load_product(workdir: str | Path) -> tuple[str, Method, Params]:
             f"{workdir}/product: parameters differ from those product.json describes",
             f"Delete {workdir}/product.json and rerun the training command",
         )
-    return about["name"], method, params
+    return about["name"], method, params, about

@@ -68,7 +68,8 @@ class Method(Protocol):
     """Built from the config alone: `Method(config)`.
 
     It may also have `pictures(views) -> {kind: (b, h, w, 3) in [0, 1]}`: then a run begins with
-    <workdir>/views.png, a few samples as the model sees them.
+    <workdir>/views.png, a few samples as the model sees them. For regions, `inputs(product) -> {column or
+    mask: shape and type of one sample}` says what `encode` reads: then `export` can write StableHLO.
     """
 
     batch_spec: BatchSpec

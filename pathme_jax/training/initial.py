@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
+from pathme_jax.encoders import encoder, zoo
 from pathme_jax.errors import UserError
 from pathme_jax.files import read_json
-from pathme_jax.models.transformer import resize_positions
-from pathme_jax.training.checkpoints import load_product
+from pathme_jax.models.resample import resize_positions
 from pathme_jax.training.contract import Config, flat
 
 
@@ -24,19 +25,19 @@ def hashes(config: Config, before: Mapping[str, Any] | None) -> dict[str, str]:
     before: the identity of a run that has begun; its checkpoints hold the weights, so their folder may go.
 
     Raises:
-        UserError: no finished run at `path`.
+        UserError: nothing to start from at `path`.
     """
     settings = config.get("initial") or {}
     if not settings.get("path"):
         return {}
-    about = Path(settings["path"]) / "product.json"
-    if about.exists():
-        return {settings["into"]: read_json(about)["sha256"]}
+    for about in ("product.json", encoder.ABOUT):
+        if (Path(settings["path"]) / about).exists():
+            return {settings["into"]: read_json(Path(settings["path"]) / about)["sha256"]}
     if before is not None:
         return dict(before.get("initial", {}))
     raise UserError(
-        f"config.initial.path = {settings['path']}: no finished training run there",
-        "Give the --workdir of one, or its folder best",
+        f"config.initial.path = {settings['path']}: no finished training run or converted encoder",
+        "Give the --workdir of one, its folder best, or what pathme_jax.convert wrote",
     )
 
 
@@ -45,8 +46,24 @@ def weights(config: Config) -> dict[str, np.ndarray]:
     settings = config.get("initial") or {}
     if not settings.get("path"):
         return {}
-    _, _, params = load_product(settings["path"])
+    params = encoder.load(settings["path"]).params
+    params = params.get("backbone", params)  # a converted encoder may have a pooler beside it
     return {f"{settings['into']}/{path}": np.asarray(x) for path, x in flat(params).items()}
+
+
+def made_from(config: Config) -> list[dict[str, Any]]:
+    """The encoders this run depends on, with their licences: its first weights', and those whose features
+    are its columns. Kept in config.json, so that an export can tell."""
+    settings = config.get("initial") or {}
+    found = []
+    if settings.get("path"):
+        start = encoder.load(settings["path"])
+        own = {"name": start.name, "sha256": start.about.get("sha256", "")}
+        found += [*start.made_from, own]
+    columns = flat(config.get("columns", ConfigDict()).to_dict()).values()
+    for name in sorted({str(column).split("@")[0] for column in columns}):
+        found.append({"name": name, **zoo.terms_of(name)})
+    return found
 
 
 def put(

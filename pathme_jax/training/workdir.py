@@ -13,7 +13,7 @@ import jax
 
 from pathme_jax.errors import UserError
 from pathme_jax.files import atomic, digest, provenance, write_json
-from pathme_jax.training import cost
+from pathme_jax.training import cost, initial
 from pathme_jax.training.contract import Config, flat
 from pathme_jax.training.step import Plan
 
@@ -50,7 +50,8 @@ def claim(workdir: Path, config: Config, what: Mapping[str, Any]) -> None:
     """Writes config.json, once: from here on the folder is this run's."""
     if not (workdir / "config.json").exists():
         about = {"config": json.loads(config.to_json()), "identity": what}
-        write_json(workdir / "config.json", {**about, "provenance": provenance()})
+        about |= {"made_from": initial.made_from(config), "provenance": provenance()}
+        write_json(workdir / "config.json", about)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from pathme_jax.models.region import HMSA, RegionEncoder, child_mask, children_of
-from pathme_jax.models.transformer import Block, resize_positions
+from pathme_jax.models.resample import resize_positions
+from pathme_jax.models.transformer import Block
 
 WIDTH, PROMPTS, DEPTH = 12, 3, 2
 compiled = functools.partial(

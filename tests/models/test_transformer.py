@@ -19,7 +19,6 @@ from pathme_jax.models.transformer import (
     add_rows,
     attend,
     drop_path_rows,
-    resize_positions,
     take_rows,
 )
 
@@ -325,22 +324,3 @@ def test_kept_rows_stay_on_their_device_and_are_the_same_on_eight():
 
 
 # ---- positions ---------------------------------------------------------------------------------------
-
-
-def test_positions_keep_their_values_at_their_own_size_and_constants_at_any():
-    grid = jnp.asarray(_random(5, 16, 16, 3))
-    assert resize_positions(grid, (16, 16)) is grid
-    for side in (3, 4, 6):
-        flat = resize_positions(jnp.full((16, 16, 2), 0.7), (side, side))
-        np.testing.assert_allclose(flat, np.full((side, side, 2), 0.7), rtol=1e-5)
-
-
-def test_positions_are_interpolated_along_their_own_axes():
-    """A ramp over rows stays a rising ramp over rows, constant over columns: no transposition."""
-    ramp = jnp.broadcast_to(jnp.arange(16.0)[:, None, None], (16, 16, 1))
-    out = np.asarray(resize_positions(ramp, (4, 4)))[..., 0]
-    np.testing.assert_allclose(out, np.repeat(out[:, :1], 4, 1), atol=1e-4)
-    # rows 0-3, 4-7, … have means 1.5, 5.5, 9.5, 13.5
-    np.testing.assert_allclose(out[:, 0], [1.5, 5.5, 9.5, 13.5], atol=0.6)
-    wider = np.asarray(resize_positions(ramp, (32, 32)))[:, 0, 0]
-    np.testing.assert_allclose(wider[4:-4], (np.arange(32)[4:-4] + 0.5) / 2 - 0.5, atol=1e-3)

@@ -69,7 +69,7 @@ def test_dinov2_resumed_equals_uninterrupted_bit_for_bit(config: ConfigDict, tmp
     )
     assert (whole / "metrics.jsonl").read_text() == (halves / "metrics.jsonl").read_text()
     # and the product is the EMA teacher of the last checkpoint, not the random start
-    _, _, product = load_product(whole)
+    _, _, product, _ = load_product(whole)
     saver = ocp.CheckpointManager((whole / "checkpoints").absolute())
     saved = saver.restore(saver.latest_step(), args=ocp.args.StandardRestore())
     saver.close()
