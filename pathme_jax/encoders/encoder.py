@@ -105,8 +105,7 @@ def save(
     made_from: Sequence[Mapping[str, Any]],
     **more: Any,
 ) -> str:
-    """Writes the folder that `load` reads; complete or not at all. Returns the encoder's name, whose hash
-    covers the weights and all of the definition that decides features.
+    """Writes the folder that `load` reads; complete or not at all. Returns the encoder's name.
 
     more: further entries of encoder.json, such as metrics.
     """
@@ -114,11 +113,11 @@ def save(
 
     arrays = {path: np.asarray(x, np.float32) for path, x in flat(dict(params)).items()}
     sha = fingerprint(nested(arrays))
-    decides = {k: getattr(definition, k) for k in ("model", "input", "output", "pooler")}
-    name = f"{definition.name}-{digest([sha, {k: str(v) for k, v in decides.items()}])}"
+    name = named(definition, sha)
     with atomic(folder) as temporary:
         temporary.mkdir(parents=True)
         save_file(arrays, temporary / PARAMS)
+        (temporary / PARAMS).chmod(0o644)  # it makes files for their owner alone
         about = {
             **more,
             "name": name,
@@ -129,6 +128,13 @@ def save(
         }
         write_json(temporary / ABOUT, about)
     return name
+
+
+def named(definition: Definition, sha256: str) -> str:
+    """`<name>-<hash8>`: the hash covers the weights and all of the definition that decides features."""
+    whole = dataclasses.asdict(definition)
+    decides = {k: whole[k] for k in ("model", "input", "output", "pooler")}
+    return f"{definition.name}-{digest([sha256, decides])}"
 
 
 def read_definition(content: Mapping[str, Any]) -> Definition:

@@ -5,6 +5,7 @@ The student sees masked global crops and unmasked local ones, the teacher unmask
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -29,7 +30,8 @@ from pathme_jax.views.images import Crop, many, normalise
 
 Array = jax.Array
 IBOT_HEADS = ("separate", "shared")
-RUNNING = ("remat", "unroll", "attention", "dtype")  # of a model: how it is computed, not what
+# Fields of a ViT that say how it is computed, not what; Linen's own are the last two.
+RUNNING = ("remat", "unroll", "attention", "dtype", "parent", "name")
 
 
 class DINOv2:
@@ -230,7 +232,8 @@ class DINOv2:
     def definition(self) -> Definition:
         """What `product` is: the EMA teacher's ViT, read by its CLS token."""
         how = {"resize": 0, "crop": 0, **self.config.encode}
-        model = {k: v for k, v in self.config.model.items() if k not in RUNNING}
+        fields = {f.name: f.default for f in dataclasses.fields(ViT) if f.name not in RUNNING}
+        model = {**fields, **{k: v for k, v in self.config.model.items() if k in fields}}
         return Definition(
             name="dinov2",
             model=model,

@@ -290,7 +290,7 @@ class PatHME:
             grids["coarse"]["pre_norm"],
             grids["coarse"]["prompts"],
             grids["fine"]["pre_norm"],
-            views["fine_valid"].reshape(len(views["fine"]), -1),
+            views["fine_valid"].reshape(views["fine"].shape[0], -1),
             keys,
         )
 
@@ -306,6 +306,15 @@ class PatHME:
     def product(self, params: Params) -> Params:
         """The EMA teacher's encoder and HMSA: the paper's inference path."""
         return {"encoder": params["teacher"]["encoder"], "hmsa": params["teacher"]["hmsa"]}
+
+    def inputs(self, product: Params) -> dict[str, Any]:
+        """Shapes and types of what `encode` reads of one region."""
+        width = product["encoder"]["embed"]["kernel"].shape[0]
+        shapes: dict[str, Any] = {}
+        for scale, side in SIDE.items():
+            shapes[scale] = jax.ShapeDtypeStruct((side, side, width), jnp.float32)
+            shapes[f"{scale}_valid"] = jax.ShapeDtypeStruct((side, side), bool)
+        return shapes
 
     def encode(self, product: Params, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Multi-scale tokens of whole regions: 16 spatial ones, then the prompts."""

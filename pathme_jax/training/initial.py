@@ -59,6 +59,8 @@ def made_from(config: Config) -> list[dict[str, Any]]:
     if settings.get("path"):
         start = encoder.load(settings["path"])
         own = {"name": start.name, "sha256": start.about.get("sha256", "")}
+        if start.definition is not None:
+            own |= {k: getattr(start.definition, k) for k in ("licence", "terms", "source")}
         found += [*start.made_from, own]
     columns = flat(config.get("columns", ConfigDict()).to_dict()).values()
     for name in sorted({str(column).split("@")[0] for column in columns}):

@@ -88,7 +88,8 @@ def test_a_converted_encoder_is_a_start_and_its_licence_goes_with_the_run(tmp_pa
     given = initial.weights(config)
     assert given["student/backbone/positions"].shape == (4, 4, 16)
     assert not [path for path in given if "backbone/backbone" in path]
-    assert initial.made_from(config) == [row, {"name": name, "sha256": hashed}]
+    own = {"name": name, "sha256": hashed, "licence": row["licence"], "terms": ""}
+    assert initial.made_from(config) == [row, {**own, "source": "MahmoodLab/UNI"}]
 
 
 def test_a_run_on_features_depends_on_the_encoders_they_came_from():
