@@ -26,7 +26,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from pathme_jax import workflow
-from pathme_jax.encoders.extraction import extract_fields, extract_regions
+from pathme_jax.encoders.extraction import extract_fields
+from pathme_jax.encoders.region_extraction import extract_regions
 from pathme_jax.encoders.load import load
 from pathme_jax.files import read_csv, read_json, write_json
 from pathme_jax.records.features import read_features

@@ -30,21 +30,27 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     start, end = f".{path.stem}.{platform.node()}-", f".tmp{path.suffix}"
-    temporary = path.with_name(f"{start}{os.getpid()}{end}")
+    unfinished = temporary(path, f"{platform.node()}-{os.getpid()}")
     for left in path.parent.glob(f"{glob.escape(start)}*{glob.escape(end)}"):
         process = left.name[len(start) : len(left.name) - len(end)]
-        if not process.isdigit() or int(process) == os.getpid() or not _alive(int(process)):
+        if not process.isdigit() or int(process) == os.getpid() or not alive(int(process)):
             _remove(left)
     try:
-        yield temporary
-        if path.is_dir() and temporary.is_dir():
+        yield unfinished
+        if path.is_dir() and unfinished.is_dir():
             shutil.rmtree(path)
-        os.replace(temporary, path)
+        os.replace(unfinished, path)
     finally:
-        _remove(temporary)
+        _remove(unfinished)
 
 
-def _alive(process: int) -> bool:
+def temporary(path: Path, owner: str) -> Path:
+    """What process `owner`, <host>-<pid>, calls a file or folder that it has not finished."""
+    return path.with_name(f".{path.stem}.{owner}.tmp{path.suffix}")
+
+
+def alive(process: int) -> bool:
+    """Whether a process of this host runs."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

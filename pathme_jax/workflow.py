@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from configs import dinov2_tiny, pathme_tiny
-from pathme_jax.encoders.extraction import Extracted, extract_fields, extract_regions
-from pathme_jax.encoders.load import load
+from pathme_jax.encoders.encoder import load
+from pathme_jax.encoders.extraction import Extracted, extract_fields
+from pathme_jax.encoders.region_extraction import extract_regions
 from pathme_jax.errors import UserError
 from pathme_jax.files import digest, provenance, read_csv, read_json, write_csv, write_json
 from pathme_jax.mil import run as mil

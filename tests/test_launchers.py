@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = [
     "data_prep.synthesize", "data_prep.tile", "data_prep.regions", "pathme_jax.train",
-    "pathme_jax.extract", "pathme_jax.mil_train", "pathme_jax.demo",
+    "pathme_jax.extract", "pathme_jax.mil_train", "pathme_jax.demo", "pathme_jax.encoders",
+    "pathme_jax.convert", "pathme_jax.export",
 ]  # fmt: skip
 
 
@@ -56,7 +57,7 @@ def test_training_imports_neither_tensorflow_nor_torch(installed, tmp_path):
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        (["pathme_jax.extract", "--encoder", "uni", "--fields", "."], "no encoder 'uni'"),
+        (["pathme_jax.extract", "--encoder", "uni", "--fields", "."], "uni is known"),
         (["pathme_jax.demo", "--slides", "absent", "--workdir", "w"], "belong together"),
         (
             [

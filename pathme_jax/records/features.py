@@ -1,24 +1,35 @@
 """Feature files: one HDF5 per slide, in TRIDENT's layout, so that TRIDENT, CLAM and torchmil read them.
 
     <grid>/{mag:g}x_{px}px_{overlap}px_overlap/patches/<slide>_patches.h5        coords
-    <grid>/{mag:g}x_{px}px_{overlap}px_overlap/features_<encoder>/<slide>.h5     features, coords, grid[, kind]
+    <grid>/{mag:g}x_{px}px_{overlap}px_overlap/features_<encoder>/<slide>.h5     features, coords, grid
+                                                                            [, kind][, name]
 
 Datasets are contiguous: TRIDENT's own (1, D) chunks read five to ten times slower.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import itertools
+import os
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 
 from pathme_jax.errors import UserError
 from pathme_jax.files import atomic
 
 SPATIAL, PROMPT = 0, 1  # values of `kind`
+_ROWS = 64
+_ROOM = 1 << 20  # bytes, for attributes and HDF5's own
+_SIGN_EXPONENT_MANTISSA = np.uint32(0x8FFFE000).view(np.int32)  # where float16's bits come to lie
 
 
 @dataclasses.dataclass
@@ -27,7 +38,7 @@ class Bag:
 
     Attributes:
         slide_id: file stem.
-        features: (m, d) float32.
+        features: (m, d) float32, or what the reader asked for.
         coords: (m, 2) int64, level-0 x, y of each instance's top left corner.
         grid: (m, 2) int32 row, column on this magnification's grid, or None in foreign files.
         kind: (m,) uint8, SPATIAL or PROMPT.
@@ -77,6 +88,113 @@ def coordinate_attrs(
     }
 
 
+def level0(grid: np.ndarray, cell_um: float, slide_mpp: float) -> np.ndarray:
+    """Row, column to level-0 x, y: each rounded from µm by itself, so that no step drifts."""
+    return np.round(np.asarray(grid)[:, ::-1] * cell_um / slide_mpp).astype(np.int64)
+
+
+class FeatureFile:
+    """One slide's features while they come in, some rows at a time: in memory there are never more.
+
+    `features`, `coords` and `grid` are contiguous datasets of the full size from the start.
+    """
+
+    def __init__(self, file: h5py.File, name: str, rows: int, width: int, dtype: npt.DTypeLike):
+        self.file, self.name, self.rows, self.filled = file, name, rows, 0
+        self._features = file.create_dataset("features", (rows, width), dtype)
+        self._coords = file.create_dataset("coords", (rows, 2), np.int64)
+        self._grid = file.create_dataset("grid", (rows, 2), np.int32)
+
+    def append(self, features: np.ndarray, coords: np.ndarray, grid: np.ndarray) -> None:
+        """The next rows: (n, width), (n, 2) and (n, 2).
+
+        Raises:
+            UserError: a feature is not finite, or not in the stored type; more rows than announced.
+        """
+        if not len(features) == len(coords) == len(grid):
+            raise self._miscounted(
+                f"{len(features)} features, {len(coords)} coordinates, {len(grid)} cells"
+            )
+        start, self.filled = self.filled, self.filled + len(features)
+        if self.filled > self.rows:
+            raise self._miscounted(f"{self.filled} rows, {self.rows} announced")
+        dtype = self._features.dtype
+        with np.errstate(over="ignore"):
+            stored = np.asarray(features).astype(dtype, copy=False)
+        if not _finite(stored):
+            bad = int((~np.isfinite(stored).all(-1)).sum())
+            raise self._not_finite(bad, bool(np.isfinite(features).all()), dtype)
+        if len(features):
+            rows = slice(start, self.filled)
+            self._features[rows], self._coords[rows], self._grid[rows] = stored, coords, grid
+
+    def _not_finite(self, bad: int, overflow: bool, dtype: np.dtype) -> UserError:
+        rows = f"{self.name}: {bad} of {self.rows} feature rows"
+        if overflow:
+            return UserError(f"{rows} exceed the largest {dtype}", "Extract with --dtype float32")
+        return UserError(
+            f"{rows} are not finite",
+            "Check the encoder's checkpoint; nothing was written for this slide",
+        )
+
+    def _miscounted(self, what: str) -> UserError:
+        return UserError(
+            f"{self.name}: {what}", "They must be equal: this is a fault of the extractor"
+        )
+
+
+@contextlib.contextmanager
+def _full_disk_told(path: Path) -> Iterator[None]:
+    """As an OSError with its number; HDF5 has it in the text only."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if f"errno = {errno.ENOSPC}," in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+
+
+@contextlib.contextmanager
+def feature_file(
+    path: str | Path,
+    *,
+    rows: int,
+    width: int,
+    dtype: npt.DTypeLike,
+    attrs: dict[str, Any],
+    names: Sequence[str] = (),
+) -> Iterator[FeatureFile]:
+    """A file of `rows` features to append to; it is there, whole, when the context ends without an error.
+
+    Args:
+        dtype: stored, float16 or float32.
+        attrs: `encoder`, `recipe` and `coordinate_attrs`.
+        names: of the rows, where they were files: the dataset `name`.
+
+    Raises:
+        UserError: see `FeatureFile.append`; or fewer rows came than were announced.
+        OSError: ENOSPC where the disk has no room for it.
+    """
+    path = Path(path)
+    with atomic(path) as temporary, _full_disk_told(path):
+        # Before HDF5 has anything to write: what it cannot, it may take the process down with at its end.
+        if (
+            shutil.disk_usage(path.parent).free
+            < rows * (width * np.dtype(dtype).itemsize + 24) + _ROOM
+        ):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        with h5py.File(temporary, "w") as file:
+            made = FeatureFile(file, path.name, rows, width, dtype)
+            about = ("name", "savetodir", "encoder", "recipe")
+            file["features"].attrs.update({key: attrs[key] for key in about if key in attrs})
+            file["coords"].attrs.update(attrs)
+            if names:
+                file.create_dataset("name", data=list(names))
+            yield made
+        if made.filled != rows:
+            raise made._miscounted(f"{made.filled} rows, {rows} announced")
+
+
 def write_features(
     path: str | Path,
     *,
@@ -85,36 +203,28 @@ def write_features(
     grid: np.ndarray,
     attrs: dict[str, Any],
     kind: np.ndarray | None = None,
+    dtype: npt.DTypeLike | None = None,
 ) -> None:
-    """Writes one slide's features; `attrs` holds `encoder`, `recipe` and `coordinate_attrs`.
+    """Writes one slide's features at once; `attrs` holds `encoder`, `recipe` and `coordinate_attrs`.
+
+    dtype: stored; None keeps that of `features`.
 
     Raises:
         UserError: a feature is not finite, or the numbers of rows differ.
     """
-    path = Path(path)
-    if not len(features) == len(coords) == len(grid):
-        raise UserError(
-            f"{path.name}: {len(features)} features, {len(coords)} coordinates, {len(grid)} cells",
-            "They must be equal: this is a fault of the extractor",
-        )
-    if not np.isfinite(features).all():
-        bad = int((~np.isfinite(features).all(-1)).sum())
-        raise UserError(
-            f"{path.name}: {bad} of {len(features)} feature rows are not finite",
-            "Check the encoder's checkpoint; nothing was written for this slide",
-        )
-    with atomic(path) as temporary, h5py.File(temporary, "w") as file:
-        file.create_dataset("features", data=features).attrs.update(
-            {key: attrs[key] for key in ("name", "savetodir", "encoder", "recipe") if key in attrs}
-        )
-        file.create_dataset("coords", data=np.asarray(coords, np.int64)).attrs.update(attrs)
-        file.create_dataset("grid", data=np.asarray(grid, np.int32))
+    rows, width = features.shape
+    dtype = dtype or features.dtype
+    with feature_file(path, rows=rows, width=width, dtype=dtype, attrs=attrs) as made:
+        made.append(features, coords, grid)
         if kind is not None:
-            file.create_dataset("kind", data=np.asarray(kind, np.uint8))
+            made.file.create_dataset("kind", data=np.asarray(kind, np.uint8))
 
 
-def read_features(path: str | Path) -> Bag:
+def read_features(path: str | Path, *, dtype: npt.DTypeLike | None = np.float32) -> Bag:
     """Reads our files and TRIDENT's or CLAM's.
+
+    Args:
+        dtype: of `features`; None keeps the stored one, so that float16 takes half the memory and time.
 
     Raises:
         UserError: not such a file, or a feature is not finite.
@@ -122,7 +232,7 @@ def read_features(path: str | Path) -> Bag:
     path = Path(path)
     try:
         with h5py.File(path, "r") as file:
-            features = np.asarray(file["features"], np.float32)
+            features = _values(file["features"])
             coords = np.asarray(file["coords"], np.int64)
             grid = np.asarray(file["grid"], np.int32) if "grid" in file else None
             kind = np.asarray(file["kind"], np.uint8) if "kind" in file else None
@@ -133,11 +243,70 @@ def read_features(path: str | Path) -> Bag:
             "Expected HDF5 with `features` (N,D) and `coords` (N,2); delete it and extract again",
         ) from error
     features = features.reshape(-1, features.shape[-1])  # CLAM's (1, N, D) too
-    if not np.isfinite(features).all():
+    if not _finite(features):
         raise UserError(f"{path}: features hold NaN or infinity", "Extract this slide again")
+    features = features if dtype is None else _cast(features, np.dtype(dtype))
     kind = np.full(len(features), SPATIAL, np.uint8) if kind is None else kind
     attrs = {k: v.item() if isinstance(v, np.generic) else v for k, v in attrs.items()}
     return Bag(path.stem, features, coords, grid, kind, attrs)
+
+
+def _values(dataset: Any) -> np.ndarray:
+    """All of a dataset.
+
+    Chunks of one row, TRIDENT's, mostly lie one after the other in the file: each such run is read at
+    once, in half the time HDF5 takes to look at the chunks one by one.
+    """
+    if not isinstance(dataset, h5py.Dataset):
+        raise KeyError(f"{dataset.name} is a group")
+    rows = dataset.chunks == (1, *dataset.shape[1:]) and len(dataset)
+    filters = dataset.id.get_create_plist().get_nfilters()
+    if not rows or filters or dataset.file.userblock_size:
+        return dataset[()]
+    starts = np.full(len(dataset), -1)
+
+    def note(chunk: Any) -> None:
+        starts[chunk.chunk_offset[0]] = chunk.byte_offset
+
+    dataset.id.chunk_iter(note)
+    if (starts < 0).any():  # rows that nobody wrote
+        return dataset[()]
+    values = np.empty(dataset.shape, dataset.dtype)
+    breaks = np.flatnonzero(np.diff(starts) != values[0].nbytes) + 1
+    with open(dataset.file.filename, "rb") as file:
+        for first, end in itertools.pairwise([0, *breaks.tolist(), len(values)]):
+            file.seek(starts[first])
+            if file.readinto(values[first:end].data) != values[first:end].nbytes:
+                raise OSError(f"rows {first} to {end} are cut off")
+    return values
+
+
+def _finite(values: np.ndarray) -> bool:
+    if (
+        values.dtype == np.float16
+    ):  # the exponent of NaN and infinity: in the bits, ten times as quick
+        positive, negative = values.view(np.int16), values.view(np.uint16)
+        return positive.max(initial=0) < 0x7C00 and negative.max(initial=0) < 0xFC00
+    with np.errstate(over="ignore", invalid="ignore"):
+        # One pass without an array of bools: a sum is finite only if all terms are, but may overflow.
+        return bool(np.isfinite(values.sum()) or np.isfinite(values).all())
+
+
+def _cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """(n, d) finite values as another dtype."""
+    if (values.dtype, dtype) != (np.float16, np.float32):
+        return values.astype(dtype, copy=False)
+    # numpy converts float16 value by value. Its exponent and mantissa, moved to float32's place, make the
+    # same number but for the exponents' offsets (127 - 15), and that without exception in finite values.
+    out = np.empty(values.shape, np.float32)
+    for start in range(0, len(values), _ROWS):  # few enough to stay in the processor's cache
+        part = out[start : start + _ROWS]
+        bits = part.view(np.int32)
+        bits[...] = values[start : start + _ROWS].view(np.int16)
+        bits <<= 13
+        bits &= _SIGN_EXPONENT_MANTISSA
+        part *= np.float32(2.0**112)
+    return out
 
 
 def recipe_of(path: str | Path) -> str | None:

@@ -7,7 +7,8 @@
     <grid>/views/<slide>.array_record       VIEW records, one per region; absent where there is none
     <grid>/tfds/pathme_fields/1.0.0/        the same shards for `tfds.builder_from_directory`
 
-Records are tf.train.Example, as TFDS writes them, without TensorFlow.
+Records are tf.train.Example, as TFDS writes them, without TensorFlow. A field of a slide is SPAN × SPAN
+tiles; one of a folder of images (`slides.images`) is a single tile, and such folders hold no views.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from pathme_jax.slides.grid import SPAN
 
 SCHEMA = 1
 FIELDS, VIEWS = "fields", "views"
+CELLS = {FIELDS: "tissue", VIEWS: "fields"}  # what a record says of the cells it is made of
 DONE_STATES = ("done", "no_region")
 QUALITY, SUBSAMPLING = 90, "444"
 
@@ -68,11 +70,10 @@ def area_average(image: np.ndarray, factor: int = SPAN) -> np.ndarray:
 
 
 @functools.cache
-def features(kind: str) -> Any:
-    """The `tfds.features.FeaturesDict` of FIELDS or VIEWS."""
+def features(kind: str, cells: int = SPAN) -> Any:
+    """The `tfds.features.FeaturesDict` of FIELDS or VIEWS; `cells` of them along a record's side."""
     import tensorflow_datasets as tfds  # half a second, and not needed for --help
 
-    cells = {FIELDS: "tissue", VIEWS: "fields"}[kind]
     return tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
@@ -83,7 +84,7 @@ def features(kind: str) -> Any:
             "mpp": np.float32,
             "slide_mpp": np.float32,
             # FIELDS: which tiles are tissue; VIEWS: which of the region's fields are stored
-            cells: tfds.features.Tensor(shape=(SPAN, SPAN), dtype=np.bool_),
+            CELLS[kind]: tfds.features.Tensor(shape=(cells, cells), dtype=np.bool_),
             "recipe": tfds.features.Text(),
         }
     )
@@ -93,18 +94,18 @@ def serialise(kind: str, record: Mapping[str, Any]) -> bytes:
     """One record, `image` given as JPEG bytes, as the same bytes every time."""
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-    schema = features(kind)
+    schema = features(kind, len(record[CELLS[kind]]))
     serializer = ExampleSerializer(schema.get_serialized_info())
     example = serializer.get_tf_example(schema.encode_example(record))
     return example.SerializeToString(deterministic=True)
 
 
-def parse(kind: str, record: bytes) -> dict[str, Any]:
+def parse(kind: str, record: bytes, cells: int = SPAN) -> dict[str, Any]:
     """The record again, `image` still JPEG bytes, text as str."""
     import tensorflow_datasets as tfds
 
     skip = {"image": tfds.decode.SkipDecoding()}
-    example: Any = features(kind).deserialize_example_np(record, decoders=skip)
+    example: Any = features(kind, cells).deserialize_example_np(record, decoders=skip)
     example["slide_id"] = example["slide_id"].decode()
     example["recipe"] = example["recipe"].decode()
     return example
@@ -172,7 +173,7 @@ def write_tfds(grid_dir: Path, sidecars: Mapping[str, Mapping[str, Any]]) -> Non
         tfds.folder_dataset.write_metadata(
             data_dir=temporary,
             filename_template=template.replace(data_dir=epath.Path(temporary)),
-            features=features(FIELDS),
+            features=features(FIELDS, _cells(next(iter(sidecars.values())))),
             split_infos=[split],
             version="1.0.0",
             description="Fields of whole slides at exact µm/px, with their tissue tiles.",
@@ -194,6 +195,11 @@ def _link(source: Path, target: Path) -> None:
 
 def sidecar_path(grid_dir: Path, slide_id: str) -> Path:
     return grid_dir / FIELDS / f"{slide_id}.json"
+
+
+def _cells(sidecar: Mapping[str, Any]) -> int:
+    """Tiles along a field of this slide."""
+    return sidecar.get("cells", SPAN)
 
 
 def tiled_slides(grid_dir: str | Path) -> list[str]:
@@ -221,6 +227,7 @@ class Source:
         slide_ids: the slides that have records, sorted.
         ranges: slide_id → range of record indices.
         sidecars: slide_id → sidecar; `sidecar[kind]["sha256"]` tells whether a slide's records changed.
+            Of a folder of images, `sidecar["names"]` holds the file name of each record, in their order.
     """
 
     def __init__(self, grid_dir: str | Path, kind: str, slides: Sequence[str] | None):
@@ -280,7 +287,7 @@ class Source:
                 f"{path}: record {index - self._starts[shard]} cannot be read ({error})",
                 "Delete this file and run data_prep.tile again with the same arguments",
             ) from error
-        return parse(self.kind, record)
+        return parse(self.kind, record, _cells(self.sidecars[slide_id]))
 
     def __repr__(self) -> str:  # Grain compares it when it resumes
         shards = {s: sidecar[self.kind]["sha256"] for s, sidecar in self.sidecars.items()}

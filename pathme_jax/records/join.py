@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +13,33 @@ from pathme_jax.errors import UserError
 from pathme_jax.files import digest, read_json
 from pathme_jax.records import features as feature_files
 from pathme_jax.records.fields import ViewSource
-from pathme_jax.records.regions import SIDE, Index, write_regions
+from pathme_jax.records.regions import SIDE, Index, RegionSource, write_regions
 
 VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
+    """A folder of regions, how many it holds, and the slides left out: slide_id, reason, cure."""
+
     folder: Path
     regions: int
     errors: list[dict[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slide:
+    """Where the regions of a slide lie.
+
+    Attributes:
+        anchors: (r, 2) row, column of each region's first field.
+        level0_size: width, height in px.
+    """
+
+    slide_id: str
+    anchors: np.ndarray
+    slide_mpp: float
+    level0_size: Sequence[int]
 
 
 def column_name(encoder: str, mpp: float) -> str:
@@ -75,64 +92,123 @@ def join(
             f"{grid_dir}: no slide has both a region and every one of {sorted(paths)}",
             errors[0]["cure"] if errors else "Slides smaller than a region give tile features only",
         )
-    recipe = {"columns": sorted(paths), "slides": made_of, "version": VERSION}
-    out = grid_dir / f"regions-{digest(recipe)}"
-    count = sum(len(views.ranges[s]) for s in made_of)
-    if (out / "recipe.json").exists():
-        return Joined(out, count, errors)
+    slides = [
+        Slide(
+            slide,
+            np.array([views[i]["grid"] for i in views.ranges[slide]], int),
+            views.sidecars[slide]["slide_mpp"],
+            views.sidecars[slide]["level0_size"],
+        )
+        for slide in made_of
+    ]
 
-    slide_id, grid, slide_mpp, level0_size = [], [], [], []
-    values: dict[str, list[np.ndarray]] = {name: [] for name in paths}
-    valid: dict[str, list[np.ndarray]] = {name: [] for name in paths}
-    for slide in tqdm(made_of, desc="regions", unit="slide", disable=not progress):
-        about = views.sidecars[slide]
-        anchors = [np.asarray(views[i]["grid"], int) for i in views.ranges[slide]]
-        slide_id += [slide] * len(anchors)
-        grid += anchors
-        slide_mpp += [about["slide_mpp"]] * len(anchors)
-        level0_size += [about["level0_size"]] * len(anchors)
-        for name, (path, side) in paths.items():
-            bag = feature_files.read_features(path / f"{slide}.h5")
-            if bag.grid is None:
-                raise UserError(
-                    f"{path / slide}.h5 has no `grid`", "Extract with pathme_jax.extract"
-                )
-            known = values[name][0].shape[-1] if values[name] else bag.features.shape[-1]
-            if len(bag.features) and bag.features.shape[-1] != known:
-                raise UserError(
-                    f"{path / slide}.h5 is {bag.features.shape[-1]} wide, earlier slides {known}",
-                    "Delete the folder and extract all slides with one encoder",
-                )
-            for anchor in anchors:
-                block, there = _block(bag, anchor, side, known)
-                values[name].append(block)
-                valid[name].append(there)
+    def read(slide_id: str, name: str) -> feature_files.Bag:
+        return feature_files.read_features(paths[name][0] / f"{slide_id}.h5", dtype=None)
+
+    sides = {name: side for name, (_, side) in paths.items()}
+    joined = write(grid_dir, slides, sides, read, made_of=made_of, mpp=mpp, progress=progress)
+    return dataclasses.replace(joined, errors=errors + joined.errors)
+
+
+def write(
+    grid_dir: Path,
+    slides: Sequence[Slide],
+    sides: Mapping[str, int],
+    read: Callable[[str, str], feature_files.Bag],
+    *,
+    made_of: Mapping[str, Mapping[str, str | None]],
+    mpp: float,
+    progress: bool = True,
+) -> Joined:
+    """Writes `<grid_dir>/regions-<hash8>`, unless it is there.
+
+    Args:
+        slides: in the order their regions shall have.
+        sides: column name to tiles along a region's side.
+        read: slide_id and column name to features with their `grid`.
+        made_of: slide_id to column name to what identifies that feature file.
+        mpp: of the finest tiles.
+
+    A slide whose features cannot be used is left out and listed.
+
+    Raises:
+        UserError: no slide is left.
+    """
+    recipe = {"columns": sorted(sides), "slides": made_of, "version": VERSION}
+    out = grid_dir / f"regions-{digest(recipe)}"
+    if (out / "recipe.json").exists():
+        count = len(RegionSource(out, {}))
+        return Joined(out, count, read_json(out / "recipe.json").get("left_out", []))
+
+    used: list[Slide] = []
+    errors: list[dict[str, str]] = []
+    values: dict[str, list[np.ndarray]] = {name: [] for name in sides}
+    valid: dict[str, list[np.ndarray]] = {name: [] for name in sides}
+    for slide in tqdm(slides, desc="regions", unit="slide", disable=not progress):
+        widths = {name: blocks[0].shape[-1] for name, blocks in values.items() if blocks}
+        try:
+            blocks = {
+                name: _blocks(read(slide.slide_id, name), slide.anchors, side, widths.get(name))
+                for name, side in sides.items()
+            }
+        except UserError as error:
+            errors.append({"slide_id": slide.slide_id, "reason": error.problem, "cure": error.cure})
+            continue
+        used.append(slide)
+        for name, (block, there) in blocks.items():
+            values[name].append(block)
+            valid[name].append(there)
+    if not used:
+        raise UserError(
+            f"none of the {len(slides)} slides could be joined; {errors[0]['slide_id']}:"
+            f" {errors[0]['reason']}",
+            errors[0]["cure"],
+        )
+    counts = [len(slide.anchors) for slide in used]
     index = Index(
-        np.array(slide_id),
-        np.array(grid, np.int32),
-        np.array(slide_mpp),
-        np.array(level0_size),
-        {name: np.array(masks) for name, masks in valid.items()},
+        np.repeat([slide.slide_id for slide in used], counts),
+        np.concatenate([slide.anchors for slide in used]).astype(np.int32),
+        np.repeat([slide.slide_mpp for slide in used], counts),
+        np.repeat([list(slide.level0_size) for slide in used], counts, axis=0),
+        {name: np.concatenate(masks) for name, masks in valid.items()},
     )
     write_regions(
         out,
         index=index,
-        columns={name: np.array(blocks) for name, blocks in values.items()},
-        recipe={**recipe, "mpp": mpp},
+        columns={name: np.concatenate(values.pop(name)) for name in list(values)},
+        recipe={**recipe, "mpp": mpp, **({"left_out": errors} if errors else {})},
     )
-    return Joined(out, count, errors)
+    return Joined(out, sum(counts), errors)
 
 
-def _block(
-    bag: feature_files.Bag, anchor: np.ndarray, side: int, width: int
+def _blocks(
+    bag: feature_files.Bag, anchors: np.ndarray, side: int, width: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
+    """(r, side, side, d) float16 features of the regions at `anchors`, and (r, side, side) which are there.
+
+    width: expected d, or None of the first slide.
+    """
+    if bag.grid is None:
+        raise UserError(f"{bag.slide_id}.h5 has no `grid`", "Extract with pathme_jax.extract")
+    if not len(bag.features):
+        raise UserError(f"{bag.slide_id}.h5 holds no features", "Leave this slide out")
+    if width not in (None, bag.features.shape[-1]):
+        raise UserError(
+            f"{bag.slide_id}.h5 is {bag.features.shape[-1]} wide, earlier slides {width}",
+            "Delete the folder and extract all slides with one encoder",
+        )
+    blocks, there = zip(*(_block(bag, anchor, side) for anchor in anchors), strict=True)
+    return np.stack(blocks), np.stack(there)
+
+
+def _block(bag: feature_files.Bag, anchor: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
     """The side x side features of the region whose first field is `anchor`, and which are there."""
     assert bag.grid is not None
     # Tiles of a region lie on a grid side/4 times the fields' one; a region's view on the fields' own.
     step = max(side // 4, 1)
     at = bag.grid - anchor * step
     inside = ((at >= 0) & (at < side)).all(1)
-    block = np.zeros((side, side, width), np.float32)
+    block = np.zeros((side, side, bag.features.shape[-1]), np.float16)
     there = np.zeros((side, side), bool)
     block[tuple(at[inside].T)] = bag.features[inside]
     there[tuple(at[inside].T)] = True

@@ -27,11 +27,11 @@ from pathme_jax.records import features, fields
 from pathme_jax.slides import pictures, tissue
 from pathme_jax.slides.grid import SPAN, Grid, tile_cells
 from pathme_jax.slides.listing import SlideFile, find_slides, fingerprint
+from pathme_jax.slides.pixels import field_pixels, view_mpp, view_pixels
 from pathme_jax.slides.plan import Plan, Recipe, make_plan, missing_regions
-from pathme_jax.slides.reader import Reader, level_for, open_slide, read_scaled, resize
+from pathme_jax.slides.reader import Reader, level_for, open_slide, read_scaled
 from pathme_jax.workers import each
 
-VIEW_PX = 256
 SLIDE_COLUMNS = [
     *("slide_id", "path", "state", "mpp", "level0_width", "level0_height"),
     *("fields", "tiles", "regions", "seconds"),
@@ -129,12 +129,7 @@ def run(
         OSError: the disk is full.
     """
     jobs = make_jobs(slides, out, mpp_csv, Recipe(**recipe))
-    if tissue_dir:
-        _bring_in(Path(tissue_dir), jobs)
-    grid_dir = jobs[0].grid_dir
-    if not (grid_dir / "recipe.json").exists():
-        write_json(grid_dir / "recipe.json", jobs[0].recipe.content())
-
+    grid_dir = start(jobs, tissue_dir)
     before = _seconds_before(grid_dir)
     rows, pending = [], []
     for job in jobs:
@@ -157,6 +152,16 @@ def make_jobs(
         Job(slide, Path(out), recipe, contours / f"{slide.slide_id}.geojson")
         for slide in find_slides(slides, mpp_csv)
     ]
+
+
+def start(jobs: list[Job], tissue_dir: str | Path | None) -> Path:
+    """Brings outlines in and writes the recipe; the grid folder."""
+    if tissue_dir:
+        _bring_in(Path(tissue_dir), jobs)
+    grid_dir = jobs[0].grid_dir
+    if not (grid_dir / "recipe.json").exists():
+        write_json(grid_dir / "recipe.json", jobs[0].recipe.content())
+    return grid_dir
 
 
 def _bring_in(folder: Path, jobs: list[Job]) -> None:
@@ -237,8 +242,7 @@ def tile_slide(job: Job) -> dict[str, Any]:
     try:
         row = _row(_tile(job))
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
+        raise_if_full(error)
         row = _failed(job, error)
     return {**row, "seconds": round(time.perf_counter() - start, 2)}
 
@@ -263,6 +267,12 @@ def _failed(job: Job, error: Exception) -> dict[str, Any]:
     }
 
 
+def raise_if_full(error: Exception) -> None:
+    """A full disk ends the run: it is no fault of a slide."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise error
+
+
 def explain(error: Exception) -> tuple[str, str]:
     """Reason and cure of a slide's failure."""
     if isinstance(error, UserError):
@@ -273,17 +283,43 @@ def explain(error: Exception) -> tuple[str, str]:
     return what, "This is a fault of pathme_jax: please report it with the slide"
 
 
+def survey(slide: Reader, job: Job) -> tuple[Plan, np.ndarray]:
+    """What to read of a slide, and its thumbnail; writes thumbnail, outlines and their picture if need be.
+
+    Raises:
+        UserError: too coarse, no tissue, smaller than a field.
+    """
+    level = level_for(slide, job.recipe.mpp, job.recipe.max_upsample)
+    thumbnail = _thumbnail(slide, job)
+    polygons = tissue.read(job.outlines)
+    contours = job.picture(job.out / "contours")
+    if not contours.exists() or contours.stat().st_mtime < job.outlines.stat().st_mtime:
+        scale = slide.mpp / tissue.RECIPE["mpp"]
+        pictures.save(contours, pictures.draw_outlines(thumbnail, polygons, scale))
+    return make_plan(slide, level, polygons, job.recipe), thumbnail
+
+
+def write_coordinates(slide: Reader, plan: Plan, thumbnail: np.ndarray, job: Job) -> np.ndarray:
+    """Where the tiles are: TRIDENT's file of coordinates, and the overview. Returns `tile_cells`."""
+    tiles = tile_cells(plan.fields, plan.tissue)
+    attrs = features.coordinate_attrs(
+        slide_id=job.slide.slide_id,
+        mpp=job.recipe.mpp,
+        slide_mpp=slide.mpp,
+        level0_size=plan.grid.size,
+        px=job.recipe.tile_px,
+    )
+    features.write_coords(job.patches, plan.grid.tile_coords(tiles), attrs)
+    overview = pictures.draw_grid(
+        thumbnail, tissue.RECIPE["mpp"], plan.grid, plan.fields, plan.tissue, plan.regions
+    )
+    pictures.save(job.picture(job.grid_dir / "visualization"), overview)
+    return tiles
+
+
 def _tile(job: Job) -> dict[str, Any]:
     with open_slide(job.slide.path, job.slide.mpp) as slide:
-        level = level_for(slide, job.recipe.mpp, job.recipe.max_upsample)
-        thumbnail = _thumbnail(slide, job)
-        polygons = tissue.read(job.outlines)
-        contours = job.picture(job.out / "contours")
-        if not contours.exists() or contours.stat().st_mtime < job.outlines.stat().st_mtime:
-            scale = slide.mpp / tissue.RECIPE["mpp"]
-            pictures.save(contours, pictures.draw_outlines(thumbnail, polygons, scale))
-        plan = make_plan(slide, level, polygons, job.recipe)
-
+        plan, thumbnail = survey(slide, job)
         inputs = job.inputs()
         job.sidecar.unlink(missing_ok=True)
         stored = fields.write_shard(job.shard(fields.FIELDS), _field_records(slide, plan, job))
@@ -292,19 +328,7 @@ def _tile(job: Job) -> dict[str, Any]:
         else:
             views = {"records": 0, "bytes": 0, "sha256": ""}
             job.shard(fields.VIEWS).unlink(missing_ok=True)
-        tiles = tile_cells(plan.fields, plan.tissue)
-        attrs = features.coordinate_attrs(
-            slide_id=job.slide.slide_id,
-            mpp=job.recipe.mpp,
-            slide_mpp=slide.mpp,
-            level0_size=plan.grid.size,
-            px=job.recipe.tile_px,
-        )
-        features.write_coords(job.patches, plan.grid.tile_coords(tiles), attrs)
-        overview = pictures.draw_grid(
-            thumbnail, tissue.RECIPE["mpp"], plan.grid, plan.fields, plan.tissue, plan.regions
-        )
-        pictures.save(job.picture(job.grid_dir / "visualization"), overview)
+        tiles = write_coordinates(slide, plan, thumbnail, job)
         reason, cure = missing_regions(plan)
         sidecar = {
             "slide_id": job.slide.slide_id,
@@ -314,7 +338,7 @@ def _tile(job: Job) -> dict[str, Any]:
             "cure": cure,
             "slide_mpp": slide.mpp,
             "level0_size": list(plan.grid.size),
-            "level": level,
+            "level": plan.level,
             "grid": list(plan.grid.shape),
             fields.FIELDS: stored,
             fields.VIEWS: views,
@@ -338,27 +362,18 @@ def _thumbnail(slide: Reader, job: Job) -> np.ndarray:
     return pictures.load(path)  # as a later run will see it
 
 
-def _pixels(slide: Reader, level: int, grid: Grid, at: tuple[int, int], span: int, px: int):
-    x, y, width, height = grid.box(*at, span=span, mpp=slide.level_mpps[level])
-    level_width, level_height = slide.level_sizes[level]
-    # A level's size is rounded down: its last pixel may be missing.
-    width, height = min(width, level_width - x), min(height, level_height - y)
-    return resize(slide.read(level, x, y, width, height), px, px)
-
-
 def _field_records(slide: Reader, plan: Plan, job: Job) -> Iterator[bytes]:
     for (row, col), tiles in zip(plan.fields.tolist(), plan.tissue, strict=True):
-        image = _pixels(slide, plan.level, plan.grid, (row, col), 1, job.recipe.field_px)
+        image = field_pixels(slide, plan, (row, col), job.recipe)
         common = _common(image, plan.grid, (row, col), 1, job.recipe.mpp, job)
         yield fields.serialise(fields.FIELDS, {**common, "tissue": tiles})
 
 
 def _view_records(slide: Reader, plan: Plan, job: Job) -> Iterator[bytes]:
-    mpp = job.recipe.field_px * SPAN / VIEW_PX * job.recipe.mpp
-    level = level_for(slide, mpp, job.recipe.max_upsample)
+    mpp = view_mpp(job.recipe)
     stored = plan.stored()
     for row, col in plan.regions:
-        image = _pixels(slide, level, plan.grid, (row, col), SPAN, VIEW_PX)
+        image = view_pixels(slide, plan, (row, col), job.recipe)
         common = _common(image, plan.grid, (row, col), SPAN, mpp, job)
         held = stored[row : row + SPAN, col : col + SPAN]
         yield fields.serialise(fields.VIEWS, {**common, "fields": held})

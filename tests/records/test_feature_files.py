@@ -91,3 +91,81 @@ def test_a_truncated_or_foreign_file_is_named(tmp_path: Path):
 @given(st.sampled_from([0.25, 0.5, 1.0, 2.0, 4.0, 8.0]))
 def test_folder_names_are_tridents(mpp: float):
     assert features.folder_name(mpp) == f"{10 / mpp:g}x_256px_0px_overlap"
+
+
+def rows_of_one_chunk_each(path: Path, values: np.ndarray, **options) -> Path:
+    """As TRIDENT writes them: grown batch by batch, in chunks of one row."""
+    with h5py.File(path, "w") as file:
+        shape = (None, values.shape[1])
+        data = file.create_dataset(
+            "features", data=values[:1], chunks=(1, values.shape[1]), maxshape=shape, **options
+        )
+        file["coords"] = np.zeros((len(values), 2), np.int64)
+        for start in range(1, len(values), 7):
+            part = values[start : start + 7]
+            data.resize(start + len(part), axis=0)
+            data[start:] = part
+    return path
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("options", [{}, {"compression": "gzip"}])
+def test_row_chunks_are_read_as_hdf5_reads_them(tmp_path: Path, dtype, options):
+    values = np.random.default_rng(0).normal(size=(2000, 48)).astype(dtype)
+    path = rows_of_one_chunk_each(tmp_path / "s.h5", values, **options)
+    bag = features.read_features(path, dtype=None)
+    np.testing.assert_array_equal(bag.features, values)
+    assert bag.features.dtype == dtype
+
+
+def test_row_chunks_that_nobody_wrote_are_zeros(tmp_path: Path):
+    with h5py.File(tmp_path / "s.h5", "w") as file:
+        data = file.create_dataset("features", (9, 4), np.float32, chunks=(1, 4))
+        data[3] = 5
+        file["coords"] = np.zeros((9, 2))
+    read = features.read_features(tmp_path / "s.h5").features
+    assert read.sum(1).tolist() == [0, 0, 0, 20, 0, 0, 0, 0, 0]
+
+
+def test_a_slide_without_tissue_is_read(tmp_path: Path):
+    with h5py.File(tmp_path / "s.h5", "w") as file:
+        file.create_dataset("features", (0, 4), np.float16, chunks=(1, 4), maxshape=(None, 4))
+        file["coords"] = np.zeros((0, 2))
+    assert features.read_features(tmp_path / "s.h5").features.shape == (0, 4)
+
+
+def test_a_group_of_encoders_is_no_feature_file(tmp_path: Path):
+    with h5py.File(tmp_path / "s.h5", "w") as file:  # AtlasPatch's layout
+        file["features/uni"], file["coords"] = np.ones((2, 4)), np.zeros((2, 5))
+    with pytest.raises(UserError, match="not a feature file"):
+        features.read_features(tmp_path / "s.h5")
+
+
+def every_float16() -> np.ndarray:
+    return np.arange(2**16, dtype=np.uint16).view(np.float16)
+
+
+def test_every_finite_float16_is_widened_exactly(tmp_path: Path):
+    values = every_float16()
+    values = values[np.isfinite(values)][:, None]
+    zeros = np.zeros((len(values), 2), np.int64)
+    written(tmp_path / "s.h5", features=values, coords=zeros, grid=zeros)
+    read = features.read_features(tmp_path / "s.h5").features
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read.view(np.uint32), values.astype(np.float32).view(np.uint32))
+    kept = features.read_features(tmp_path / "s.h5", dtype=None).features
+    assert kept.dtype == np.float16 and kept.tobytes() == values.tobytes()
+
+
+def test_every_float16_that_is_not_finite_is_found():
+    for value in every_float16():
+        assert features._finite(np.array([[0, value]], np.float16)) == np.isfinite(value)
+
+
+def test_finite_values_whose_sum_overflows_are_finite():
+    large = np.full((4, 4), np.finfo(np.float32).max)
+    assert features._finite(large)
+    for bad in (np.nan, np.inf, -np.inf):
+        large[1, 1] = bad
+        assert not features._finite(large)
+    assert not features._finite(np.array([[np.inf, -np.inf]], np.float32))

@@ -42,7 +42,7 @@ def test_a_method_outside_the_package_trains_is_killed_resumes_and_extracts(
     from pathme_jax.encoders.extraction import extract_fields
 
     monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
-    done = extract_fields(grid_dir, [tmp_path / "killed"], multiples=[4], progress=False)
+    done = extract_fields(grid_dir, [tmp_path / "killed"], mpps=[2.0], progress=False)
     assert done.done == 4 and not done.errors
 
 
