@@ -21,14 +21,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pathme_jax.encoders.zoo import ENCODERS
+from pathme_jax.encoders.zoo import ENCODERS, Input
 from pathme_jax.models.vit import SIZES
 
 NAMES = {"S": "small", "B": "base", "L": "large", "H": "huge", "g": "giant"}
 
 
 def get_config(variant: str = "L/16") -> Any:
-    model = _architecture(variant)
+    model, how = _architecture(variant)
     giant, patch = model["width"] >= 1536, model["patch"]
     config: Any = ConfigDict()
     config.method = "pathme_jax.methods.dinov2:DINOv2"
@@ -47,7 +47,8 @@ def get_config(variant: str = "L/16") -> Any:
         attention="xla",
         dtype="bfloat16",
     )
-    config.encode = dict(resize=224)  # tiles become such an image, see encoders.zoo.Input
+    # How a tile becomes what is encoded, see encoders.zoo.Input.
+    config.encode = dict(resize=how.resize, crop=how.crop, resample=how.resample)
     config.head = dict(
         prototypes=131_072 if giant else 65_536,
         hidden=2048,
@@ -61,8 +62,8 @@ def get_config(variant: str = "L/16") -> Any:
         blur=(1.0, 0.1, 0.5),
         solarize=0.0,
         colour=dict(jitter=(0.4, 0.4, 0.2, 0.1), grey=0.2, hed=0.05),
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
+        mean=how.mean,
+        std=how.std,
     )
     config.loss = dict(
         dino=1.0,
@@ -123,9 +124,10 @@ def get_config(variant: str = "L/16") -> Any:
     return config
 
 
-def _architecture(variant: str) -> dict[str, Any]:
+def _architecture(variant: str) -> tuple[dict[str, Any], Input]:
+    """Fields of the ViT, and what it expects of images."""
     if variant in ENCODERS:
-        return dict(ENCODERS[variant].model)
+        return dict(ENCODERS[variant].model), ENCODERS[variant].input
     size, _, patch = variant.partition("/")
     if size not in NAMES or patch not in ("8", "14", "16"):
         raise ValueError(
@@ -133,4 +135,5 @@ def _architecture(variant: str) -> dict[str, Any]:
             f" encoder: {', '.join(ENCODERS)}"
         )
     rest: dict[str, Any] = dict(mlp_ratio=4.0, layer_scale=1e-5, registers=4)
-    return {**SIZES[NAMES[size]], "patch": int(patch), **rest, "grid": 224 // int(patch)}
+    model = {**SIZES[NAMES[size]], "patch": int(patch), **rest, "grid": 224 // int(patch)}
+    return model, Input()

@@ -1,6 +1,6 @@
 """Features of every slide with fixed, public or trained encoders, as HDF5 in TRIDENT's layout.
 
-    python -m pathme_jax.extract --encoder uni,virchow2 --slides DIR --out OUT --mpp 0.5,2,8
+    python -m pathme_jax.extract --encoder encoders/uni,encoders/virchow2 --slides DIR --out OUT
     python -m pathme_jax.extract --encoder runs/dinov2,hed_texture --fields OUT/20x-…
     python -m pathme_jax.extract --encoder runs/pathme --regions OUT/20x-…/regions-…
 

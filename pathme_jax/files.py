@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import functools
 import glob
 import hashlib
@@ -11,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import sys
@@ -23,17 +25,16 @@ from typing import Any
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `path` (same suffix); renames it over `path` on success.
 
-    The name holds host and process, so that several may write the same file: the last wins. Works for
-    a file or a folder; on an exception whatever was written is removed, and so is what a killed process
-    of this host left of an earlier attempt.
+    The name holds the process (see `owner`), so that several may write the same file: the last wins.
+    Works for a file or a folder; on an exception whatever was written is removed, and so is what a killed
+    process of this machine left of an earlier attempt.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    start, end = f".{path.stem}.{platform.node()}-", f".tmp{path.suffix}"
-    unfinished = temporary(path, f"{platform.node()}-{os.getpid()}")
+    start, end = f".{path.stem}.", f".tmp{path.suffix}"
+    unfinished = temporary(path, owner())
     for left in path.parent.glob(f"{glob.escape(start)}*{glob.escape(end)}"):
-        process = left.name[len(start) : len(left.name) - len(end)]
-        if not process.isdigit() or int(process) == os.getpid() or not alive(int(process)):
+        if ended(left.name[len(start) : len(left.name) - len(end)]):
             _remove(left)
     try:
         yield unfinished
@@ -45,12 +46,64 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def temporary(path: Path, owner: str) -> Path:
-    """What process `owner`, <host>-<pid>, calls a file or folder that it has not finished."""
+    """What process `owner` calls a file or folder that it has not finished."""
     return path.with_name(f".{path.stem}.{owner}.tmp{path.suffix}")
 
 
+def listed(folder: str | os.PathLike[str], suffix: str) -> list[Path]:
+    """What a folder holds of this suffix, by name, but for what `temporary` names: others may be writing."""
+    return sorted(path for path in Path(folder).glob(f"*{suffix}") if path.name[0] != ".")
+
+
+@contextlib.contextmanager
+def full_disk_told(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A full disk, or quota, as an OSError with its number; HDF5 and ArrayRecord have it in words only."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        for number in (errno.ENOSPC, errno.EDQUOT):
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number), str(path)) from error
+        raise
+
+
+# --- who writes
+
+
+def owner() -> str:
+    """This process's name among all that may share a folder: <place>-<pid>-<random>.
+
+    Containers of one hostname number their processes each from 1, and numbers are given again: neither
+    host nor number tells who it is.
+    """
+    return _owner(os.getpid())
+
+
+@functools.lru_cache(maxsize=1)
+def _owner(process: int) -> str:  # by number, so that a fork has its own
+    return f"{_place()}-{process}-{secrets.token_hex(4)}"
+
+
+@functools.cache
+def _place() -> str:
+    """Names the processes among which a number is one process: of this boot and PID namespace."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        return digest([platform.node(), boot, os.stat("/proc/self/ns/pid").st_ino])
+    except OSError:  # not Linux
+        return platform.node()
+
+
+def ended(owner: str) -> bool:
+    """Whether a process of our place has ended; of those elsewhere nothing is known: False."""
+    place, _, process = owner.rpartition("-")[0].rpartition("-")
+    if place != _place() or not process.isdigit() or owner == _owner(os.getpid()):
+        return False
+    return int(process) == os.getpid() or not alive(int(process))
+
+
 def alive(process: int) -> bool:
-    """Whether a process of this host runs."""
+    """Whether a process of our place (see `owner`) runs."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -23,7 +23,7 @@ from pathme_jax.encoders.encoder import load
 from pathme_jax.encoders.extraction import Extracted, extract_fields
 from pathme_jax.encoders.region_extraction import extract_regions
 from pathme_jax.errors import UserError
-from pathme_jax.files import digest, provenance, read_csv, read_json, write_csv, write_json
+from pathme_jax.files import digest, listed, provenance, read_csv, read_json, write_csv, write_json
 from pathme_jax.mil import run as mil
 from pathme_jax.records import features as feature_files
 from pathme_jax.records.join import column_name, join
@@ -137,7 +137,7 @@ def mean_colours(grid_dir: Path, mpp: float) -> Path:
     """slide_id,r,g,b: each slide's mean tissue colour, for the control row."""
     folder = grid_dir / feature_files.folder_name(mpp) / "features_mean_rgb"
     rows = []
-    for path in sorted(folder.glob("*.h5")):
+    for path in listed(folder, ".h5"):
         colour = feature_files.read_features(path).features
         if len(colour):
             r, g, b = (round(float(x), 6) for x in colour.mean(0))

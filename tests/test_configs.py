@@ -50,6 +50,7 @@ def test_it_goes_on_from_a_public_encoder(name):
     expected = patch.abstract(ENCODERS[name])["backbone"]
     shapes = jax.tree.map(lambda x: x.shape, params["student"]["backbone"])
     assert shapes == jax.tree.map(lambda x: x.shape, expected)
+    assert method.definition().input == ENCODERS[name].input
 
 
 @pytest.mark.parametrize("variant", ["XL/16", "L", "L/15", ""])

@@ -17,7 +17,7 @@ from pathme_jax.files import read_json
 from pathme_jax.records import fields
 from pathme_jax.slides import tile, tissue
 from pathme_jax.slides.grid import SPAN
-from pathme_jax.slides.pixels import field_pixels, view_pixels
+from pathme_jax.slides.pixels import VIEW_PX, field_pixels, view_pixels
 from pathme_jax.slides.plan import Plan, Recipe, make_plan
 from pathme_jax.slides.reader import OpenSlideReader, level_for, open_slide
 from pathme_jax.workers import each
@@ -113,12 +113,14 @@ class FieldStore:
     def __init__(self, grid_dir: str | Path):
         """Raises UserError where tiling never finished."""
         self.grid_dir = Path(grid_dir)
-        recipe = read_json(self.grid_dir / "recipe.json")
         self.slide_ids = fields.tiled_slides(grid_dir)
+        recipe = read_json(self.grid_dir / "recipe.json")
         self.mpp, self.tile_px = float(recipe["mpp"]), int(recipe["tile_px"])
-        # Fields of one tile, made of patches, have no coarser views.
-        whole = recipe["field_px"] == SPAN * self.tile_px
-        self.multiples: Sequence[int] = LADDER if whole else LADDER[:1]
+        self.multiples: Sequence[int] = LADDER
+        if recipe["field_px"] != SPAN * self.tile_px:
+            self.multiples = LADDER[:1]  # patches, which are no part of anything coarser
+        elif self.tile_px > VIEW_PX:
+            self.multiples = LADDER[:2]  # region views are not stored that large
         self._failures: dict[str, Failure] = {}
         try:
             self._open(self.slide_ids)
@@ -180,11 +182,6 @@ class FieldStore:
     def view(self, slide_id: str, i: int) -> tuple[np.ndarray, Sequence[int]]:
         record = self._views[self._views.ranges[slide_id][i]]
         image = fields.decode(record["image"])
-        if self.tile_px > len(image):
-            raise UserError(
-                f"its region views are stored at {len(image)} px, tiles have {self.tile_px}",
-                "Leave out the coarsest --mpp, or extract from --slides",
-            )
         size = (self.tile_px, self.tile_px)
         return cv2.resize(image, size, interpolation=cv2.INTER_AREA), record["grid"]
 

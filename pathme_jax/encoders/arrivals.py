@@ -2,14 +2,16 @@
 
 <grid>/…/features_<encoder>/<slide>.h5     see `records.features`
 <grid>/extraction/<slide>.json             what came of it: times, tiles, reason and cure
-<grid>/extraction.csv                      all of those as a table
-<grid>/extraction_errors.csv               the slides that failed
+<grid>/extraction.csv                      those of the last run's slides as a table
+<grid>/extraction_errors.csv               the ones that failed
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,12 +23,13 @@ from pathme_jax.data.stores import Failure, failure
 from pathme_jax.data.tiles import Task
 from pathme_jax.encoders.devices import Part
 from pathme_jax.errors import UserError
-from pathme_jax.files import read_json, temporary, write_csv, write_json
+from pathme_jax.files import listed, read_json, temporary, write_csv, write_json
 from pathme_jax.records import features as feature_files
 from pathme_jax.records.claims import Claims
+from pathme_jax.slides.tile import raise_if_full
 
 COLUMNS = ["slide_id", "state", "tiles", "tiles_at", "seconds", "tiles_per_second", "encoders"]
-COLUMNS += ["reason", "cure"]
+COLUMNS += ["reason", "cure", "stored"]
 ERROR_COLUMNS = ["slide_id", "reason", "cure"]
 HELD: Failure = {"reason": "another process has it"}
 
@@ -37,6 +40,7 @@ class Grid:
     Attributes:
         root: the grid's folder. mpp: the finest µm/px. tile_px: side of a tile. dtype: stored.
         folders: (encoder, multiple of mpp) to the folder of its files.
+        lineage: encoder to what its features are made from, see `Encoder.lineage`.
     """
 
     def __init__(
@@ -45,13 +49,14 @@ class Grid:
         mpp: float,
         tile_px: int,
         dtype: str,
-        encoders: Sequence[str],
+        lineage: Mapping[str, Sequence[Mapping[str, Any]]],
         multiples: Sequence[int],
     ):
         self.root, self.mpp, self.tile_px, self.dtype = root, mpp, tile_px, dtype
+        self.lineage = lineage
         self.folders = {
             (name, k): root / feature_files.folder_name(mpp * k, tile_px) / f"features_{name}"
-            for name in encoders
+            for name in lineage
             for k in multiples
         }
         self._columns = {folder: column for column, folder in self.folders.items()}
@@ -72,13 +77,17 @@ class SlideFiles:
         self.task, self.grid = task, grid
         self._started = time.perf_counter()
         self._files: dict[tuple[str, int], feature_files.FeatureFile] = {}
+        missing = [(path, *grid.column(path)) for path in task.missing()]
+        shapes = [(task.slide.count(multiple), widths[name]) for _, name, multiple in missing]
+        size = sum(feature_files.size_of(*shape, grid.dtype) for shape in shapes)
+        # For all at once: none takes its room before it is filled.
+        feature_files.require_room(grid.root, size)
         with contextlib.ExitStack() as stack:
-            for path in task.missing():
-                name, multiple = grid.column(path)
+            for (path, name, multiple), (rows, width) in zip(missing, shapes, strict=True):
                 made = feature_files.feature_file(
                     path,
-                    rows=task.slide.count(multiple),
-                    width=widths[name],
+                    rows=rows,
+                    width=width,
                     dtype=grid.dtype,
                     attrs=self._attrs(name, multiple, task.files[path]),
                     names=task.slide.names,
@@ -95,10 +104,11 @@ class SlideFiles:
             level0_size=slide.level0_size,
             px=self.grid.tile_px,
         )
-        return {**about, "encoder": encoder, "recipe": recipe}
+        made_from = json.dumps(self.grid.lineage[encoder])
+        return {**about, "encoder": encoder, "recipe": recipe, "made_from": made_from}
 
     def append(self, parts: Sequence[Part], outputs: Mapping[str, np.ndarray]) -> None:
-        """The next rows. Raises UserError where a feature cannot be stored."""
+        """The next rows. Raises UserError where a feature cannot be stored, and see `_unwritten`."""
         rows = np.concatenate([np.arange(part.rows.start, part.rows.stop) for part in parts])
         multiples = np.concatenate([part.multiple for part in parts])
         cells = np.concatenate([part.grid for part in parts])
@@ -125,7 +135,8 @@ class SlideFiles:
         }
 
     def discard(self, error: Exception) -> None:
-        self._stack.__exit__(type(error), error, None)
+        with contextlib.suppress(OSError, RuntimeError):  # HDF5, of what it could not write
+            self._stack.__exit__(type(error), error, None)
 
 
 class Arrivals:
@@ -168,6 +179,8 @@ class Arrivals:
                     self.done.append(task.slide.slide_id)
             except UserError as error:
                 problem = failure(task.slide.slide_id, error)
+            except (OSError, RuntimeError) as error:  # the latter is HDF5's, of closing
+                problem = failure(task.slide.slide_id, _unwritten(error))
         if problem:
             self.discard()
         self._problem = problem
@@ -181,7 +194,7 @@ class Arrivals:
             self.left.append(task)
         elif problem:
             self.failures.append(problem)
-            self._tell(task, {"state": "failed", **problem})
+            self._tell_failure(task, problem)
         self.claims.release(task.slide.slide_id)
         self._ended += 1
 
@@ -214,15 +227,49 @@ class Arrivals:
         slide_id = task.slide.slide_id
         tell(self.grid.root, {"slide_id": slide_id, **row})
 
+    def _tell_failure(self, task: Task, problem: Failure) -> None:
+        encoders = ",".join(sorted({self.grid.column(path)[0] for path in task.files}))
+        try:
+            self._tell(task, {"state": "failed", "encoders": encoders, **problem})
+        except OSError as error:  # `failures` has it
+            raise_if_full(error)
+
+
+def _unwritten(error: OSError | RuntimeError) -> UserError:
+    """Of one slide; a full disk, on which none can be written, is raised."""
+    raise_if_full(error)
+    return UserError(
+        f"its features cannot be written ({error})",
+        "Check the disk, and that the folder may be written; then extract again",
+    )
+
 
 def tell(root: Path, row: Mapping[str, Any]) -> None:
     """Keeps what came of a slide."""
     write_json(root / "extraction" / f"{row['slide_id']}.json", row)
 
 
-def write_tables(root: Path) -> None:
-    """Both tables anew from what was kept: whichever of several processes is last has all."""
-    rows = [read_json(path) for path in sorted((root / "extraction").glob("*.json"))]
+def write_tables(root: Path, slide_ids: Sequence[str]) -> None:
+    """Both tables anew, of this run's slides: whichever of several processes is last has all.
+
+    A row is about the last run that had work on its slide, and about the `encoders` it names; `stored`
+    names all that have features of the slide, those of earlier runs too.
+    """
+    stored = _stored(root)
+    rows = []
+    for slide_id in sorted(slide_ids):
+        with contextlib.suppress(OSError, ValueError):  # none was kept, or it is damaged
+            row = read_json(root / "extraction" / f"{slide_id}.json")
+            rows.append({**row, "stored": ",".join(sorted(stored[slide_id]))})
     write_csv(root / "extraction.csv", rows, COLUMNS)
     failed = [row for row in rows if row["state"] == "failed"]
     write_csv(root / "extraction_errors.csv", failed, ERROR_COLUMNS)
+
+
+def _stored(root: Path) -> Mapping[str, set[str]]:
+    """Each slide's encoders that have a file of it, at any µm/px."""
+    found = collections.defaultdict(set)
+    for folder in root.glob("*/features_*"):
+        for path in listed(folder, ".h5"):
+            found[path.stem].add(folder.name.removeprefix("features_"))
+    return found

@@ -40,6 +40,7 @@ class Encoder:
         made_from: the encoders whose weights or features it was trained with, {"name", "licence",
             "terms", "source", "sha256"}, its own weights' publisher first.
         about: what its folder says of it.
+        dtype: of the computation.
     """
 
     name: str
@@ -50,6 +51,15 @@ class Encoder:
     definition: Definition | None = None
     made_from: Sequence[Mapping[str, Any]] = ()
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dtype: str = "float32"
+
+    @property
+    def lineage(self) -> list[dict[str, Any]]:
+        """`made_from` and this encoder itself: what anything made with it was made from."""
+        own = {"name": self.name, "sha256": self.about.get("sha256", "")}
+        if self.definition is not None:
+            own |= {k: getattr(self.definition, k) for k in ("licence", "terms", "source")}
+        return [*map(dict, self.made_from), own]
 
     @functools.cached_property
     def _on_device(self) -> Callable[[Mapping[str, Any]], Any]:
@@ -169,22 +179,28 @@ def _converted(folder: Path, dtype: str) -> Encoder:
     def apply(params: Any, batch: Mapping[str, Any]) -> Any:
         return patch.encode(definition, params, batch["image"], dtype)
 
-    return Encoder(
-        about["name"], "fields", {}, params, apply, definition, about["made_from"], about
-    )
+    # Anew, since a definition may have been edited: other features, other name.
+    name = named(definition, about["sha256"])
+    return Encoder(name, "fields", {}, params, apply, definition, about["made_from"], about, dtype)
 
 
 def _trained(workdir: Path, dtype: str | None) -> Encoder:
     name, method, params, about = load_product(workdir, dtype)
     spec = method.batch_spec
     define = getattr(method, "definition", None)
+    definition = define() if define else None
+    if definition is not None:
+        own = dataclasses.replace(definition, name=name.rpartition("-")[0])
+        name = named(own, about["sha256"])
+    computed = dtype or about["config"].get("model", {}).get("dtype", "float32")
     return Encoder(
         name,
         spec.record,
         spec.columns,
         params,
         method.encode,
-        define() if define else None,
+        definition,
         about.get("made_from", ()),
         about,
+        computed,
     )

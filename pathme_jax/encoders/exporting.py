@@ -246,7 +246,7 @@ def _write_timm(model: Exportable, folder: Path) -> None:
     assert model.definition
     params, definition = _with_positions_for(model, TIMM_RULE)
     folder.mkdir()
-    _write_state(folder, released.to_timm_state(params, definition))
+    _write_state(folder, released.to_timm_state(params))
     write_json(folder / "config.json", _timm_config(definition, model.side))
 
 
@@ -423,7 +423,7 @@ def _write_stablehlo(model: Exportable, folder: Path) -> None:
     )
     folder.mkdir()
     (folder / "encoder.stablehlo").write_bytes(program.serialize())
-    np.savez(folder / "params.npz", allow_pickle=False, **params)
+    np.savez(folder / "params.npz", **params)
     (folder / "README.md").write_text(card.stablehlo_usage(model.inputs) + "\n")
 
 

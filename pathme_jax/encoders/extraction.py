@@ -243,7 +243,12 @@ class Run:
         self.multiples = multiples_of(mpps, store.mpp, store.multiples)
         root = Path(out) / store.grid_dir.name if out else store.grid_dir
         self.grid = Grid(
-            root, store.mpp, store.tile_px, settings.dtype, list(self.models), self.multiples
+            root,
+            store.mpp,
+            store.tile_px,
+            settings.dtype,
+            {name: model.lineage for name, model in self.models.items()},
+            self.multiples,
         )
 
     def _load(self, given: EncoderLike) -> Encoder:
@@ -264,7 +269,8 @@ class Run:
 
     def _recipe(self, encoder: str, multiple: int, pixels: Any) -> str:
         """Of one slide's features: its pixels, what encoded them, and how."""
-        made_by = [encoder, self.store.mpp * multiple, self.settings.dtype, self.settings.precision]
+        computed = self.models[encoder].dtype
+        made_by = [encoder, self.store.mpp * multiple, self.settings.dtype, computed]
         return digest({"pixels": pixels, "made_by": made_by, "version": VERSION})
 
     def tasks(self, progress: bool) -> tuple[list[Task], list[Failure]]:
@@ -339,14 +345,14 @@ def extract(
         tasks, failures = run.tasks(progress)
         skipped = len(store.slide_ids) - len(tasks) - len(failures)
         for failed in failures:
-            tell(run.grid.root, {"state": "failed", **failed})
+            tell(run.grid.root, {"state": "failed", "encoders": ",".join(run.models), **failed})
         speed, done = Speed(), 0
         if tasks:  # else there is nothing to compile for
             devices = Devices(list(run.models.values()), chosen.batch, store.tile_px)
             done, failed = _encode_all(run, tasks, devices, claims, speed, progress)
             skipped += len(tasks) - done - len(failed)
             failures += failed
-    write_tables(run.grid.root)
+    write_tables(run.grid.root, store.slide_ids)
     folders = {(name, run.grid.mpp * k): path for (name, k), path in run.grid.folders.items()}
     failures.sort(key=lambda failed: failed["slide_id"])
     if failures and not done and not skipped:

@@ -42,8 +42,8 @@ def prepare(images: Array, how: Input) -> Array:
             )
         top, left = round((h - how.crop) / 2), round((w - how.crop) / 2)
         x = x[:, top : top + how.crop, left : left + how.crop]
+    b, h, w, _ = x.shape
     if 0 < how.part < max(h, w):
-        b, h, w, _ = x.shape
         if h % how.part or w % how.part:
             raise UserError(
                 f"images of {h}x{w} px do not divide into parts of {how.part} px",
@@ -57,10 +57,26 @@ def prepare(images: Array, how: Input) -> Array:
 def encode(definition: Definition, params: Params, images: Array, dtype: str = "float32") -> Array:
     """(b, h, w, 3) uint8 to features (b, width) in float32.
 
-    dtype: of the computation; normalisation, softmax and LayerNorm's statistics are float32 throughout.
+    dtype: of the computation; normalisation, softmax and LayerNorm's statistics are float32 throughout. With
+        "float32" products are of full precision too, where a GPU or TPU would shorten them.
+
+    Raises:
+        UserError: see `prepare`; or what the model sees does not divide into its patches.
     """
+    with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+        return _encode(definition, params, images, dtype)
+
+
+def _encode(definition: Definition, params: Params, images: Array, dtype: str) -> Array:
     vit: Any = ViT(**definition.model, dtype=dtype)
-    out = vit.apply({"params": params["backbone"]}, prepare(images, definition.input))
+    prepared = prepare(images, definition.input)
+    h, w = prepared.shape[1:3]
+    if h % vit.patch or w % vit.patch:
+        raise UserError(
+            f"{definition.name} sees images of {h}x{w} px, which do not divide into its patches of {vit.patch} px",
+            "Give tiles of another size",
+        )
+    out = vit.apply({"params": params["backbone"]}, prepared)
     cls, tokens = out["cls"], out["tokens"]
     if definition.output == "cls":
         features = cls

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -12,7 +14,6 @@ from pathme_jax.encoders.extraction import VERSION, Extracted, precision_here
 from pathme_jax.errors import UserError
 from pathme_jax.files import digest, read_json
 from pathme_jax.records import features as feature_files
-from pathme_jax.records import fields
 from pathme_jax.records.regions import RegionSource
 
 
@@ -36,6 +37,9 @@ def extract_regions(
         encoder: the --workdir of a region encoder's training.
         out, dtype, precision: see `extraction.extract`.
         batch: regions.
+
+    Raises:
+        UserError: no regions there, or not the encoder's columns; an encoder of images.
     """
     regions_dir = Path(regions_dir)
     grid_dir = regions_dir.parent
@@ -44,7 +48,7 @@ def extract_regions(
     if model.record != "regions":
         raise UserError(f"{model.name} encodes images, not regions", "Extract with --fields")
     source = RegionSource(regions_dir, model.columns)
-    recipe = read_json(grid_dir / "recipe.json")
+    recipe = _grid_recipe(grid_dir)
     mpp, tile_px = 4 * float(recipe["mpp"]), int(recipe["tile_px"])
     root = Path(out) / grid_dir.name if out else grid_dir
     folder = root / feature_files.folder_name(mpp, tile_px) / f"features_{model.name}"
@@ -53,15 +57,16 @@ def extract_regions(
     made_by = digest([model.name, regions_dir.name, dtype, precision, VERSION])
     done, errors = 0, []
     for slide_id in tqdm(slides, desc="extract regions", disable=not progress, unit="slide"):
-        slide = read_json(fields.sidecar_path(grid_dir, slide_id))
         if feature_files.recipe_of(folder / f"{slide_id}.h5") == made_by:
             continue
         mine = np.flatnonzero(source.index.slide_id == slide_id)
+        # Of the regions, not of the grid's slides: other cohorts may share the grid and have such a slide.
+        slide_mpp = float(source.index.slide_mpp[mine[0]])
         about = feature_files.coordinate_attrs(
             slide_id=slide_id,
             mpp=mpp,
-            slide_mpp=slide["slide_mpp"],
-            level0_size=slide["level0_size"],
+            slide_mpp=slide_mpp,
+            level0_size=source.index.level0_size[mine[0]].tolist(),
             px=tile_px,
         )
         try:
@@ -69,10 +74,15 @@ def extract_regions(
             feature_files.write_features(
                 folder / f"{slide_id}.h5",
                 features=tokens,
-                coords=feature_files.level0(cells, tile_px * mpp, slide["slide_mpp"]),
+                coords=feature_files.level0(cells, tile_px * mpp, slide_mpp),
                 grid=cells,
                 kind=kind,
-                attrs={**about, "encoder": model.name, "recipe": made_by},
+                attrs={
+                    **about,
+                    "encoder": model.name,
+                    "recipe": made_by,
+                    "made_from": json.dumps(model.lineage),
+                },
                 dtype=dtype,
             )
             done += 1
@@ -87,6 +97,16 @@ def describe(regions_dir: str | Path, encoder: str | Path) -> str:
     source = RegionSource(regions_dir, {})
     slides = len(set(source.index.slide_id.tolist()))
     return f"{load(encoder).name}: {len(source)} regions of {slides} slides"
+
+
+def _grid_recipe(grid_dir: Path) -> Any:
+    path = grid_dir / "recipe.json"
+    if not path.exists():
+        raise UserError(
+            f"{path}: missing, so the size of these regions' tiles is unknown",
+            "Keep regions in the grid's folder that data_prep.regions wrote them to",
+        )
+    return read_json(path)
 
 
 def _encode(

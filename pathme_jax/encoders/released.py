@@ -96,7 +96,7 @@ BLOCK_NAMES: dict[str, tuple[str, Layout]] = {
 }
 
 
-def to_timm_state(params: patch.Params, definition: Definition) -> State:
+def to_timm_state(params: patch.Params) -> State:
     """Parameters under timm's names, for a VisionTransformer with `no_embed_class=True`.
 
     `mask_token`, which timm does not have, is left out; a pooler's keys are CONCH's.

@@ -405,6 +405,26 @@ ROWS = (
 ENCODERS: dict[str, Definition] = {row.name: row for row in ROWS}
 
 
+# What TRIDENT calls them, in the names of its feature folders.
+TRIDENT = {
+    "uni_v1": "uni",
+    "uni_v2": "uni2-h",
+    "conch_v1": "conch",
+    "conch_v15": "conch-v1.5",
+    "hoptimus0": "h-optimus-0",
+    "hoptimus1": "h-optimus-1",
+    "phikon_v2": "phikon-v2",
+    "hibou_l": "hibou-l",
+    "kaiko-vits8": "kaiko-s8",
+    "kaiko-vits16": "kaiko-s16",
+    "kaiko-vitb8": "kaiko-b8",
+    "kaiko-vitb16": "kaiko-b16",
+    "kaiko-vitl14": "kaiko-l14",
+    "lunit-vits8": "lunit-s8-timm",
+    "midnight12k": "midnight",
+}
+
+
 def find(name: str) -> Definition:
     """Raises UserError where the table has no such row."""
     if name not in ENCODERS:
@@ -413,9 +433,10 @@ def find(name: str) -> Definition:
 
 
 def terms_of(name: str) -> dict[str, str]:
-    """Licence, terms and source of the public encoder that a converted one, `<row>-<hash8>`, came from;
-    empty for others."""
-    row = ENCODERS.get(name.rpartition("-")[0]) or ENCODERS.get(name)
+    """Licence, terms and source of the public encoder that a converted one, `<row>-<hash8>`, came from, or that
+    TRIDENT calls so; empty for others."""
+    names = (name.rpartition("-")[0], name, TRIDENT.get(name, ""))
+    row = next((ENCODERS[each] for each in names if each in ENCODERS), None)
     if row is None:
         return {}
     return {"licence": row.licence, "terms": row.terms, "source": row.source}

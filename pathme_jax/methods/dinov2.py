@@ -241,7 +241,7 @@ class DINOv2:
                 **how, mean=tuple(self.config.views.mean), std=tuple(self.config.views.std)
             ),
             positions="patches",
-            licence="that of whoever trained it",
+            licence="",  # its owner says, when it is exported
             source="trained with pathme_jax",
             mpp=tuple(self.config.batch.mpps),
             tile_px=self.config.batch.window_px,

@@ -1,7 +1,7 @@
 """Which of several processes works on a slide: one folder of small files, no server.
 
-    <grid>/.claims/<host>-<pid>.alive     touched every BEAT seconds while that process lives
-    <grid>/.claims/<slide>.<n>            names the process that claimed the slide; the highest n counts
+    <grid>/.claims/<owner>.alive     touched every BEAT seconds while that process lives
+    <grid>/.claims/<slide>.<n>       names the process that claimed the slide; the highest n counts
 
 A claim is never overwritten: whoever finds its holder dead makes the next one, and of two that try one
 succeeds. Its holder removes it when the slide is done. Should a process lose a claim while it lives (it
@@ -15,15 +15,15 @@ import dataclasses
 import glob
 import itertools
 import os
-import platform
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pathme_jax.files import alive
+from pathme_jax.files import alive, ended, owner
 
 BEAT, STALE = 20.0, 300.0  # seconds
+TRIES = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Claims:
 
     Attributes:
         folder: made when needed.
-        owner: `<host>-<pid>` of the process; its workers claim in its name.
+        owner: of the process, see `files.owner`; its workers get it with this object and claim in its name.
     """
 
     folder: Path
-    owner: str = dataclasses.field(default_factory=lambda: f"{platform.node()}-{os.getpid()}")
+    owner: str = dataclasses.field(default_factory=owner)
 
     @contextlib.contextmanager
     def living(self) -> Iterator[None]:
@@ -45,7 +45,8 @@ class Claims:
 
         def beat() -> None:
             while not stop.wait(BEAT):
-                self._beat(self.owner)
+                with contextlib.suppress(OSError):  # the next may get through
+                    self._beat(self.owner)
 
         self._beat(self.owner)
         thread = threading.Thread(target=beat, daemon=True)
@@ -121,17 +122,20 @@ class Claims:
         return self.folder / f"{owner}.alive"
 
     def _beat(self, owner: str) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._heart(owner).touch()
+        for left in reversed(range(TRIES)):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._heart(owner).touch()
+                return
+            except OSError:  # another has just removed the folder, as the last to leave it
+                if not left:
+                    raise
 
     def _dead(self, owner: str, claim: Path) -> bool:
-        """By its process, on this host; by its silence, on any: the file system's clock tells it."""
+        """By its process, where numbers are ours; by its silence, anywhere: the file system's clock tells."""
         if not owner:  # its maker has opened it and not yet written, or died between
             return self._silent(claim)
-        host, _, process = owner.rpartition("-")
-        if host == platform.node() and not alive(int(process)):
-            return True
-        return self._silent(self._heart(owner))
+        return ended(owner) or self._silent(self._heart(owner))
 
     def _silent(self, path: Path) -> bool:
         try:

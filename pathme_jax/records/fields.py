@@ -14,7 +14,6 @@ tiles; one of a folder of images (`slides.images`) is a single tile, and such fo
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
 import itertools
@@ -31,7 +30,7 @@ import simplejpeg
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from pathme_jax.errors import UserError
-from pathme_jax.files import atomic, digest, read_csv, read_json, write_json
+from pathme_jax.files import atomic, digest, full_disk_told, read_csv, read_json, write_json
 from pathme_jax.slides.grid import SPAN
 
 SCHEMA = 1
@@ -121,11 +120,11 @@ def write_shard(path: Path, records: Iterable[bytes]) -> dict[str, Any]:
         {"records", "bytes", "sha256"} of the shard, for its sidecar.
 
     Raises:
-        OSError: ENOSPC when the disk is full.
+        OSError: ENOSPC or EDQUOT when the disk, or the user's share of it, is full.
     """
     with atomic(path) as temporary:
         count = 0
-        try:
+        with full_disk_told(path):
             writer = ArrayRecordWriter(str(temporary), "group_size:1")
             try:
                 for record in records:
@@ -133,10 +132,6 @@ def write_shard(path: Path, records: Iterable[bytes]) -> dict[str, Any]:
                     count += 1
             finally:
                 writer.close()
-        except RuntimeError as error:  # what ArrayRecord makes of every failed write
-            if os.strerror(errno.ENOSPC) in str(error):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-            raise
         with open(temporary, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return {"records": count, "bytes": temporary.stat().st_size, "sha256": sha256}

@@ -2,7 +2,6 @@
 
     OUT/20x-1a2b3c4d/
         recipe.json                  µm/px and tile size
-        fields/<slide>.json          what is known of each slide, as tiling would have left it; no pixels
         regions-<hash8>/             see `records.regions`
 
 TRIDENT begins its grid at the slide's corner, at every magnification, so that a tile's row and column
@@ -25,8 +24,8 @@ import h5py
 import numpy as np
 
 from pathme_jax.errors import UserError
-from pathme_jax.files import digest, write_json
-from pathme_jax.records import features, fields
+from pathme_jax.files import digest, listed, write_json
+from pathme_jax.records import features
 from pathme_jax.records.join import Joined, Slide, write
 from pathme_jax.records.regions import SIDE
 from pathme_jax.slides.grid import SPAN, Grid
@@ -40,7 +39,6 @@ MAKE_AGAIN = (
     "Make patches and features with TRIDENT, or with data_prep.tile and pathme_jax.extract, whose grids"
     " begin at the slide's corner"
 )
-NOTHING = {"records": 0, "bytes": 0, "sha256": ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +125,6 @@ def join_folders(
     recipe = {"source": "features", "mpp": mpp, "tile_px": px, "field_px": SPAN * px}
     grid_dir = Path(out) / f"{magnification:g}x-{digest(recipe)}"
     write_json(grid_dir / "recipe.json", recipe)
-    for slide in slides:
-        write_json(fields.sidecar_path(grid_dir, slide.slide_id), _sidecar(slide))
 
     def read(slide_id: str, name: str) -> features.Bag:
         bag = features.read_features(columns[name].path(slide_id), dtype=None)
@@ -160,13 +156,13 @@ def _read_all(
 ) -> tuple[dict[str, list[Tiles]], list[dict[str, str]]]:
     """The tiles of each column, by slide, and the slides of which one is missing or unlike the others."""
     for column in columns:
-        if not any(column.folder.glob("*.h5")):
+        if not listed(column.folder, ".h5"):
             raise UserError(
                 f"{column.folder}: no feature files (*.h5)",
                 "Give the folder that holds <slide>.h5, such as"
                 " 20x_256px_0px_overlap/features_uni_v1",
             )
-    slide_ids = sorted({path.stem for column in columns for path in column.folder.glob("*.h5")})
+    slide_ids = sorted({path.stem for column in columns for path in listed(column.folder, ".h5")})
     found, errors = {}, []
     for slide_id in slide_ids:
         try:
@@ -333,14 +329,3 @@ def _slide(slide_id: str, columns: Sequence[Tiles], about: Sequence[Column], ste
             "Nothing to do: tile features only",
         )
     return Slide(slide_id, np.array(anchors), slide_mpp, grid.size)
-
-
-def _sidecar(slide: Slide) -> dict[str, Any]:
-    return {
-        "slide_id": slide.slide_id,
-        "state": "done",
-        "slide_mpp": slide.slide_mpp,
-        "level0_size": list(slide.level0_size),
-        fields.FIELDS: NOTHING,
-        fields.VIEWS: NOTHING,
-    }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -13,7 +15,7 @@ from pathme_jax.errors import UserError
 from pathme_jax.files import digest, read_json
 from pathme_jax.records import features as feature_files
 from pathme_jax.records.fields import ViewSource
-from pathme_jax.records.regions import SIDE, Index, RegionSource, write_regions
+from pathme_jax.records.regions import SIDE, RegionSource, complete, region_writer
 
 VERSION = 1
 
@@ -63,10 +65,11 @@ def join(
     """
     grid_dir = Path(grid_dir)
     views = ViewSource(grid_dir)
-    mpp = float(read_json(grid_dir / "recipe.json")["mpp"])
+    tiled = read_json(grid_dir / "recipe.json")
+    mpp, tile_px = float(tiled["mpp"]), int(tiled["tile_px"])
     paths = {
         column_name(encoder, mpp * k): (
-            grid_dir / feature_files.folder_name(mpp * k) / f"features_{encoder}",
+            grid_dir / feature_files.folder_name(mpp * k, tile_px) / f"features_{encoder}",
             SIDE[k],
         )
         for encoder, k in columns
@@ -129,76 +132,83 @@ def write(
         made_of: slide_id to column name to what identifies that feature file.
         mpp: of the finest tiles.
 
-    A slide whose features cannot be used is left out and listed.
+    One slide's features are in memory at a time. A slide whose features cannot be used is left out and
+    listed. What the features' files tell of the encoders behind them, `made_from`, is kept in the
+    recipe, but does not name the folder.
 
     Raises:
         UserError: no slide is left.
     """
     recipe = {"columns": sorted(sides), "slides": made_of, "version": VERSION}
     out = grid_dir / f"regions-{digest(recipe)}"
-    if (out / "recipe.json").exists():
+    if complete(out):
         count = len(RegionSource(out, {}))
         return Joined(out, count, read_json(out / "recipe.json").get("left_out", []))
 
-    used: list[Slide] = []
     errors: list[dict[str, str]] = []
-    values: dict[str, list[np.ndarray]] = {name: [] for name in sides}
-    valid: dict[str, list[np.ndarray]] = {name: [] for name in sides}
-    for slide in tqdm(slides, desc="regions", unit="slide", disable=not progress):
-        widths = {name: blocks[0].shape[-1] for name, blocks in values.items() if blocks}
-        try:
-            blocks = {
-                name: _blocks(read(slide.slide_id, name), slide.anchors, side, widths.get(name))
-                for name, side in sides.items()
-            }
-        except UserError as error:
-            errors.append({"slide_id": slide.slide_id, "reason": error.problem, "cure": error.cure})
-            continue
-        used.append(slide)
-        for name, (block, there) in blocks.items():
-            values[name].append(block)
-            valid[name].append(there)
-    if not used:
-        raise UserError(
-            f"none of the {len(slides)} slides could be joined; {errors[0]['slide_id']}:"
-            f" {errors[0]['reason']}",
-            errors[0]["cure"],
-        )
-    counts = [len(slide.anchors) for slide in used]
-    index = Index(
-        np.repeat([slide.slide_id for slide in used], counts),
-        np.concatenate([slide.anchors for slide in used]).astype(np.int32),
-        np.repeat([slide.slide_mpp for slide in used], counts),
-        np.repeat([list(slide.level0_size) for slide in used], counts, axis=0),
-        {name: np.concatenate(masks) for name, masks in valid.items()},
-    )
-    write_regions(
-        out,
-        index=index,
-        columns={name: np.concatenate(values.pop(name)) for name in list(values)},
-        recipe={**recipe, "mpp": mpp, **({"left_out": errors} if errors else {})},
-    )
-    return Joined(out, sum(counts), errors)
+    made_from: dict[str, list[Any]] = {name: [] for name in sides}
+    with region_writer(out, sides) as made:
+        for slide in tqdm(slides, desc="regions", unit="slide", disable=not progress):
+            try:  # all of a slide's columns before its first record: it is left out whole
+                bags = {
+                    name: _checked(read(slide.slide_id, name), made.widths.get(name))
+                    for name in sides
+                }
+            except UserError as error:
+                left_out = {"reason": error.problem, "cure": error.cure}
+                errors.append({"slide_id": slide.slide_id, **left_out})
+                continue
+            for anchor in slide.anchors:
+                made.append(
+                    slide_id=slide.slide_id,
+                    grid=anchor,
+                    slide_mpp=slide.slide_mpp,
+                    level0_size=slide.level0_size,
+                    columns={n: _block(bag, anchor, sides[n]) for n, bag in bags.items()},
+                )
+            for name, bag in bags.items():
+                told = json.loads(bag.attrs.get("made_from", "[]"))
+                made_from[name] += [one for one in told if one not in made_from[name]]
+        if not len(made):
+            raise UserError(
+                f"none of the {len(slides)} slides could be joined; {errors[0]['slide_id']}:"
+                f" {errors[0]['reason']}",
+                errors[0]["cure"],
+            )
+        about = {"mpp": mpp, "made_from": made_from}
+        made.finish({**recipe, **about, **({"left_out": errors} if errors else {})})
+    return Joined(out, len(made), errors)
 
 
-def _blocks(
-    bag: feature_files.Bag, anchors: np.ndarray, side: int, width: int | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(r, side, side, d) float16 features of the regions at `anchors`, and (r, side, side) which are there.
+def _checked(bag: feature_files.Bag, width: int | None) -> feature_files.Bag:
+    """The same bag. width: of the slides before, or None of the first.
 
-    width: expected d, or None of the first slide.
+    Raises:
+        UserError: it cannot be used.
     """
     if bag.grid is None:
         raise UserError(f"{bag.slide_id}.h5 has no `grid`", "Extract with pathme_jax.extract")
     if not len(bag.features):
         raise UserError(f"{bag.slide_id}.h5 holds no features", "Leave this slide out")
+    if len(bag.grid) != len(bag.features):
+        raise UserError(
+            f"{bag.slide_id}.h5: {len(bag.features)} features, `grid` has {len(bag.grid)} rows",
+            "Extract this slide again",
+        )
     if width not in (None, bag.features.shape[-1]):
         raise UserError(
             f"{bag.slide_id}.h5 is {bag.features.shape[-1]} wide, earlier slides {width}",
             "Delete the folder and extract all slides with one encoder",
         )
-    blocks, there = zip(*(_block(bag, anchor, side) for anchor in anchors), strict=True)
-    return np.stack(blocks), np.stack(there)
+    largest = float(np.finfo(np.float16).max)
+    if bag.features.dtype != np.float16 and not (
+        -largest <= bag.features.min() and bag.features.max() <= largest
+    ):
+        raise UserError(
+            f"{bag.slide_id}.h5: features exceed {largest:g}, the largest float16",
+            "Regions hold float16: scale this encoder's features, or leave the slide out",
+        )
+    return bag
 
 
 def _block(bag: feature_files.Bag, anchor: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:

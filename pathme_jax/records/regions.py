@@ -1,7 +1,8 @@
 """The region index and its feature columns: what PatHME trains on.
 
     <grid>/regions-<hash8>/
-        recipe.json                  columns, widths, means and deviations, where each came from
+        recipe.json                  columns, widths, means and deviations, where each came from;
+                                     made_from: column name to the encoders behind it, with licences
         index.npz                    slide_id, grid, …: one row a region; valid/<column>: (r, s, s) bool
         <column>.array_record        record i: region i's (s, s, d) float16 features, zero where not valid
 
@@ -11,9 +12,10 @@ tissue is in the index, so a zero is never mistaken for a feature.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,38 +62,117 @@ class Index:
     valid: Mapping[str, np.ndarray]
 
 
-def write_regions(
-    folder: Path, *, index: Index, columns: Mapping[str, np.ndarray], recipe: Mapping[str, Any]
-) -> None:
-    """Writes the whole folder, renamed into place when complete.
+class _Moments:
+    """Mean and deviation of rows that come some at a time.
 
-    columns: name to (r, s, s, d); cells that are not valid are stored as zeros.
+    Deviations are joined by Chan's update: a sum of squares would lose those of features far from zero.
     """
-    described = []
-    with atomic(folder) as temporary:
+
+    def __init__(self, width: int):
+        self.count, self.total, self.squares = 0, np.zeros(width), np.zeros(width)
+
+    def add(self, rows: np.ndarray) -> None:
+        """rows: (n, width) float64."""
+        if not len(rows):
+            return
+        count, total = len(rows), rows.sum(0)
+        self.squares += ((rows - total / count) ** 2).sum(0)
+        if self.count:
+            apart = total / count - self.mean
+            self.squares += apart**2 * (self.count * count / (self.count + count))
+        self.count, self.total = self.count + count, self.total + total
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self.total / max(self.count, 1)
+
+    @property
+    def std(self) -> np.ndarray:
+        return np.sqrt(self.squares / max(self.count, 1))
+
+
+class RegionWriter:
+    """A folder of regions while they come in, one by one: of their features no more is in memory.
+
+    Attributes:
+        widths: column name to features a tile, once a region is there.
+    """
+
+    def __init__(self, folder: Path, names: Iterable[str], files: contextlib.ExitStack):
+        self._folder = folder
+        self._rows: list[tuple[Any, ...]] = []  # PLAIN of each region
+        self._valid: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        self._moments: dict[str, _Moments] = {}
+        self._records = {}
+        for name in self._valid:
+            writer = ArrayRecordWriter(str(folder / f"{name}.array_record"), "group_size:1")
+            files.callback(writer.close)
+            self._records[name] = writer
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {name: len(moments.total) for name, moments in self._moments.items()}
+
+    def append(
+        self,
+        *,
+        slide_id: str,
+        grid: Sequence[int] | np.ndarray,
+        slide_mpp: float,
+        level0_size: Sequence[int],
+        columns: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    ) -> None:
+        """The next region.
+
+        Args:
+            slide_id, grid, slide_mpp, level0_size: see `Index`.
+            columns: name to (s, s, d) values and (s, s) valid; others than these are stored as zeros.
+        """
+        for name, (values, valid) in columns.items():
+            stored = np.where(valid[..., None], values, 0).astype(np.float16)
+            self._records[name].write(stored.tobytes())
+            moments = self._moments.setdefault(name, _Moments(stored.shape[-1]))
+            moments.add(stored[valid].astype(np.float64))
+            self._valid[name].append(valid)
+        self._rows.append((slide_id, grid, slide_mpp, level0_size))
+
+    def finish(self, recipe: Mapping[str, Any]) -> None:
+        """Writes the index, and the recipe with the columns' description. At least one region is there."""
+        plain = zip(PLAIN, zip(*self._rows, strict=True), strict=True)
+        arrays: dict[str, Any] = {key: np.array(values) for key, values in plain}
+        arrays["grid"] = arrays["grid"].astype(np.int32)
+        arrays |= {f"valid/{name}": np.stack(masks) for name, masks in self._valid.items()}
+        np.savez(self._folder / "index.npz", **arrays)
+        described = [
+            {
+                "name": name,
+                "side": masks[0].shape[0],
+                "width": self.widths[name],
+                "mean": np.round(self._moments[name].mean, 6).tolist(),
+                "std": np.round(self._moments[name].std, 6).tolist(),
+            }
+            for name, masks in self._valid.items()
+        ]
+        write_json(self._folder / "recipe.json", {**recipe, "columns": described})
+
+
+@contextlib.contextmanager
+def region_writer(folder: Path, names: Iterable[str]) -> Iterator[RegionWriter]:
+    """A folder of columns `names`, renamed into place when the context ends without an error.
+
+    Append every region to what it yields, then `finish` that.
+    """
+    with atomic(folder) as temporary, contextlib.ExitStack() as files:
         temporary.mkdir()
-        for name, values in columns.items():
-            seen = index.valid[name]
-            values = np.where(seen[..., None], values, 0).astype(np.float16)
-            writer = ArrayRecordWriter(str(temporary / f"{name}.array_record"), "group_size:1")
-            for value in values:
-                writer.write(value.tobytes())
-            writer.close()
-            tissue = values[seen].astype(np.float64)
-            tissue = tissue if len(tissue) else np.zeros((1, values.shape[-1]))
-            described.append(
-                {
-                    "name": name,
-                    "side": values.shape[1],
-                    "width": values.shape[-1],
-                    "mean": np.round(tissue.mean(0), 6).tolist(),
-                    "std": np.round(tissue.std(0), 6).tolist(),
-                }
-            )
-        arrays: dict[str, Any] = {k: getattr(index, k) for k in PLAIN}
-        arrays |= {f"valid/{name}": mask for name, mask in index.valid.items()}
-        np.savez(temporary / "index.npz", **arrays)
-        write_json(temporary / "recipe.json", {**recipe, "columns": described})
+        yield RegionWriter(temporary, names, files)
+
+
+def complete(folder: Path) -> bool:
+    """Whether `folder` holds regions."""
+    return all((folder / name).exists() for name in ("recipe.json", "index.npz"))
 
 
 class RegionSource:
@@ -100,13 +181,17 @@ class RegionSource:
     Args:
         folder: what `data_prep.regions` wrote.
         columns: alias to column name; experts are standardised when their alias starts with "experts/".
+
+    Raises:
+        UserError: no regions there, or not that column.
     """
 
     def __init__(self, folder: str | Path, columns: Mapping[str, str]):
         self.folder = Path(folder)
-        if not (self.folder / "index.npz").exists():
+        if not complete(self.folder):
             raise UserError(
-                f"{self.folder}: no regions here", "Make them with `python -m data_prep.regions`"
+                f"{self.folder}: no regions here (expected recipe.json and index.npz)",
+                "Give the folder that `python -m data_prep.regions` printed, or run it again",
             )
         self.recipe = read_json(self.folder / "recipe.json")
         known = {c["name"]: Column(**c) for c in self.recipe["columns"]}
@@ -138,7 +223,8 @@ class RegionSource:
         return {k: v for k, v in self.__dict__.items() if k != "_readers"}
 
     def __repr__(self) -> str:  # Grain compares it when it resumes; it is also the data's identity
-        return f"RegionSource({len(self)} regions, {digest(self.recipe)})"
+        data = {key: value for key, value in self.recipe.items() if key != "made_from"}
+        return f"RegionSource({len(self)} regions, {digest(data)})"
 
     def __len__(self) -> int:
         return len(self.index.slide_id)

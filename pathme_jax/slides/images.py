@@ -99,10 +99,15 @@ class Folder:
     names: tuple[str, ...]
 
     def inputs(self, recipe: Recipe) -> dict[str, Any]:
-        """All that the output depends on. Raises OSError where an image is gone."""
-        stats = [(self.root / name).stat() for name in self.names]
-        files = [(n, s.st_size, s.st_mtime_ns) for n, s in zip(self.names, stats, strict=True)]
-        return {"recipe": recipe.hash8, "files": digest(files)}
+        """All that the output depends on."""
+        return {"recipe": recipe.hash8, "files": digest([self._identity(n) for n in self.names])}
+
+    def _identity(self, name: str) -> tuple[str, int, int] | tuple[str, None]:
+        try:
+            stat = (self.root / name).stat()
+        except OSError:  # gone, or a link that leads nowhere: told of when it is read
+            return name, None
+        return name, stat.st_size, stat.st_mtime_ns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,12 +194,15 @@ def preview(
 def find_images(root: str | Path) -> list[Folder]:
     """The folders below `root`, itself included, that hold images; by slide_id, images by name.
 
+    Links are followed, but for those that lead back to a folder they are in.
+
     Raises:
         UserError: none there, or two folders with one slide_id.
     """
     root = Path(root)
     found: dict[str, Folder] = {}
-    for where, _, files in os.walk(root, followlinks=True):
+    for where, below, files in os.walk(root, followlinks=True):
+        below[:] = [name for name in below if not _leads_back(Path(where, name))]
         inside = Path(where).relative_to(root)
         chosen = (f for f in files if Path(f).suffix.lower() in EXTENSIONS and f[0] != ".")
         names = tuple(sorted((inside / f).as_posix() for f in chosen))
@@ -213,6 +221,13 @@ def find_images(root: str | Path) -> list[Folder]:
             f"Give --images a folder of {' '.join(sorted(EXTENSIONS))} files",
         )
     return [found[slide_id] for slide_id in sorted(found)]
+
+
+def _leads_back(folder: Path) -> bool:
+    try:
+        return any(folder.samefile(parent) for parent in folder.parents)
+    except OSError:  # gone, or not to be entered: nothing will be found in it
+        return False
 
 
 def _recipe(folders: list[Folder], mpp: float, tile_px: int | None) -> Recipe:

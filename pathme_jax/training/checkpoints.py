@@ -156,8 +156,8 @@ def load_product(
     about = read_json(workdir / "product.json")
     home = workdir if (workdir / "config.json").exists() else workdir.parent
     run = read_json(home / "config.json")
-    about["made_from"] = run.get("made_from", [])
     config = run["config"]
+    about |= {"made_from": run.get("made_from", []), "config": config}
     if dtype and "dtype" in config.get("model", {}):
         config["model"]["dtype"] = dtype
     method = load_method(ConfigDict(config))

@@ -57,15 +57,14 @@ def made_from(config: Config) -> list[dict[str, Any]]:
     settings = config.get("initial") or {}
     found = []
     if settings.get("path"):
-        start = encoder.load(settings["path"])
-        own = {"name": start.name, "sha256": start.about.get("sha256", "")}
-        if start.definition is not None:
-            own |= {k: getattr(start.definition, k) for k in ("licence", "terms", "source")}
-        found += [*start.made_from, own]
+        found += encoder.load(settings["path"]).lineage
     columns = flat(config.get("columns", ConfigDict()).to_dict()).values()
-    for name in sorted({str(column).split("@")[0] for column in columns}):
-        found.append({"name": name, **zoo.terms_of(name)})
-    return found
+    recipe = Path(config.get("data", {}).get("path", "")) / "recipe.json"
+    told = read_json(recipe).get("made_from", {}) if columns and recipe.exists() else {}
+    for column in sorted(map(str, columns)):
+        name = column.split("@")[0]
+        found += told.get(column) or [{"name": name, **zoo.terms_of(name)}]
+    return [one for i, one in enumerate(found) if one not in found[:i]]
 
 
 def put(

@@ -169,7 +169,7 @@ np.savez(sys.argv[3], out=out, one=one)
 def _alone(folder: Path, batch: dict[str, np.ndarray], tmp_path: Path) -> tuple[Any, Any]:
     """Features of the batch and of its first sample, from a process that knows jax and numpy alone."""
     given, got = tmp_path / "given.npz", tmp_path / "got.npz"
-    np.savez(given, allow_pickle=False, **batch)
+    np.savez(given, **batch)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     command = [sys.executable, "-I", "-c", ALONE, str(folder), str(given), str(got)]

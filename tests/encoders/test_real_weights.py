@@ -92,7 +92,7 @@ def test_timm_and_transformers_give_the_same_output(tiles, params):
     theirs = timm.create_model(
         "vit_small_patch14_dinov2", num_classes=0, no_embed_class=True, init_values=1e-5
     ).eval()
-    state = released.to_timm_state(params, DEFINITION)
+    state = released.to_timm_state(params)
     theirs.load_state_dict({k: torch.tensor(v) for k, v in state.items()}, strict=True)
     with torch.no_grad():
         assert np.abs(theirs.forward_features(pixels).numpy() - expected).max() <= 1e-3

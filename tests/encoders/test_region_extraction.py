@@ -13,6 +13,7 @@ from pathme_jax.encoders.encoder import load
 from pathme_jax.encoders.extraction import extract_fields
 from pathme_jax.encoders.region_extraction import describe, extract_regions
 from pathme_jax.errors import UserError
+from pathme_jax.extract import main
 from pathme_jax.files import read_json
 from pathme_jax.records import features
 from pathme_jax.records.join import join
@@ -86,3 +87,12 @@ def test_a_patch_encoder_is_refused_for_regions_and_the_other_way_round(grid_dir
         extract_regions(regions, "mean_rgb")
     assert read_json(regions / "recipe.json")["columns"][0]["width"] == 3
     assert describe(regions, "mean_rgb") == "mean_rgb: 4 regions of 4 slides"
+
+
+def test_a_folder_without_regions_is_told(grid_dir: Path, tmp_path):
+    for wrong in (tmp_path / "nowhere", grid_dir):
+        with pytest.raises(UserError, match="no regions here"):
+            describe(wrong, "mean_rgb")
+    with pytest.raises(SystemExit) as end:
+        main(["--encoder", "mean_rgb", "--regions", str(tmp_path / "nowhere"), "--dry-run"])
+    assert end.value.code == 2

@@ -142,8 +142,7 @@ def without_mask_token(params: Any) -> Any:
 
 @pytest.fixture()
 def state(small) -> dict[str, np.ndarray]:
-    definition, params = small
-    return released.to_timm_state(params, definition)
+    return released.to_timm_state(small[1])
 
 
 def test_our_own_export_under_timm_names_comes_back(small, state):
@@ -243,7 +242,7 @@ def test_another_depth_names_the_first_keys_and_counts_all(small, state):
 def test_another_width_names_the_shapes(small, state):
     wider = dataclasses.replace(small[0], model={**small[0].model, "width": 24})
     assert "of another shape" in refusal(state, wider)
-    assert "instead of" in refusal(released.to_timm_state(small[1], small[0]), wider)
+    assert "instead of" in refusal(released.to_timm_state(small[1]), wider)
 
 
 def test_another_number_of_registers_names_the_shapes(small, state):

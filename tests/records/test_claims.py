@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import platform
+import pickle
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from pathme_jax import files
 from pathme_jax.records import claims
 from pathme_jax.records.claims import Claims
 
@@ -22,7 +24,12 @@ def dead() -> str:
     """The owner's name of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    return f"{platform.node()}-{process.pid}"
+    return f"{files._place()}-{process.pid}-5eed"
+
+
+def parent() -> str:
+    """The owner's name of a living process."""
+    return f"{files._place()}-{os.getppid()}-5eed"
 
 
 @pytest.fixture
@@ -35,7 +42,7 @@ def ours(tmp_path: Path):
 @pytest.fixture
 def other(ours: Claims):
     """Another living process: this one's parent."""
-    made = Claims(ours.folder, f"{platform.node()}-{os.getppid()}")
+    made = Claims(ours.folder, parent())
     made._beat(made.owner)
     return made
 
@@ -72,14 +79,72 @@ def test_silence_is_death_whatever_the_process_number_says(ours, other):
 
 
 def test_another_hosts_process_lives_while_it_beats(ours):
-    distant = Claims(ours.folder, "elsewhere.example-7")
+    distant = Claims(ours.folder, "elsewhere.example-7-5eed")
     distant._beat(distant.owner)
     assert distant.take("a") and not ours.take("a") and ours.held("a")
 
 
+@pytest.mark.skipif(not Path("/proc/self/ns/pid").exists(), reason="no PID namespaces here")
+def test_a_process_of_another_container_with_a_dead_ones_number_lives_while_it_beats(
+    ours, dead, monkeypatch
+):
+    """Containers may share a hostname, and number their processes apart."""
+    inode = os.stat("/proc/self/ns/pid").st_ino
+    other_namespace = os.stat_result((0, inode + 1, *range(8)))
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "stat", lambda _: other_namespace)
+        place = files._place.__wrapped__()
+    distant = Claims(ours.folder, f"{place}-{dead.split('-')[-2]}-5eed")
+    distant._beat(distant.owner)
+    assert distant.take("a") and not ours.take("a") and ours.held("a")
+
+
+def test_an_earlier_process_of_our_number_is_dead(ours):
+    assert Claims(ours.folder, f"{files._place()}-{os.getpid()}-5eed").take("a")
+    assert ours.take("a") and ours.owners("a")[1:] == [ours.owner]
+
+
+def test_the_owner_is_the_process_in_every_thread_and_not_its_fork():
+    assert files.owner() == files.owner() == Claims(Path()).owner
+    again = pickle.loads(pickle.dumps(Claims(Path())))
+    assert again.owner == files.owner(), "workers get it with the claims"
+    assert files._owner(1) != files._owner(2)
+
+
+def test_a_beat_that_fails_is_not_the_last(tmp_path, monkeypatch):
+    made, beats = Claims(tmp_path / "claims"), []
+
+    def beat(self, owner):
+        beats.append(owner)
+        if len(beats) == 2:
+            raise OSError(errno.ESTALE, "stale")
+
+    monkeypatch.setattr(claims, "BEAT", 0.01)
+    monkeypatch.setattr(Claims, "_beat", beat)
+    with made.living():
+        deadline = time.monotonic() + 10
+        while len(beats) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert len(beats) >= 4
+
+
+def test_a_folder_that_another_sweeps_meanwhile_is_made_again(tmp_path, monkeypatch):
+    made, swept = Claims(tmp_path / "claims"), []
+    touch = Path.touch
+
+    def swept_before(path, *arguments):
+        if len(swept) < 3:
+            swept.append(path.parent.rmdir())
+        touch(path, *arguments)
+
+    monkeypatch.setattr(Path, "touch", swept_before)
+    made._beat(made.owner)
+    assert (made.folder / f"{made.owner}.alive").exists()
+
+
 def test_of_many_that_try_at_once_one_gets_the_slide(ours, dead):
     assert Claims(ours.folder, dead).take("a")
-    rivals = [Claims(ours.folder, f"host{i}-1") for i in range(16)]
+    rivals = [Claims(ours.folder, f"host{i}-1-5eed") for i in range(16)]
     for rival in rivals:
         rival._beat(rival.owner)
     start = threading.Barrier(len(rivals))
@@ -98,14 +163,14 @@ def test_nothing_is_left_at_the_end_but_what_the_living_hold(tmp_path, dead):
         ours.take("a")
         Claims(ours.folder, dead).take("b")
     assert not ours.folder.exists()
-    other = Claims(ours.folder, f"{platform.node()}-{os.getppid()}")
+    other = Claims(ours.folder, parent())
     with ours.living():
         other._beat(other.owner)
         ours.take("a"), other.take("b")
-    assert sorted(p.name for p in ours.folder.iterdir()) == ["b.0", f"{other.owner}.alive"]
+    assert {p.name for p in ours.folder.iterdir()} == {"b.0", f"{other.owner}.alive"}
 
 
 def test_the_slide_a_dead_worker_read_is_known(ours, dead):
     ours.reading("fine")
-    ours._trace(int(dead.rpartition("-")[2])).write_text("deadly.slide")
+    ours._trace(int(dead.split("-")[-2])).write_text("deadly.slide")
     assert ours.lost() == ["deadly.slide"]

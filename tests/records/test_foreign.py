@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,15 @@ def test_our_own_folders_are_joined_by_their_exact_mpp(tmp_path: Path):
     np.testing.assert_array_equal(source[1]["fine"][0, :, 0], np.arange(16, 32))
 
 
+def test_licences_are_kept_of_folders_that_tell_them(tmp_path: Path):
+    put_both(tmp_path / "t", "a")
+    told = [{"name": "uni_v1", "licence": "CC-BY-NC-ND-4.0"}]
+    with h5py.File(folder_of(tmp_path / "t", 5) / "a.h5", "r+") as file:
+        file["features"].attrs["made_from"] = json.dumps(told)
+    recipe = read_json(join(tmp_path / "t", tmp_path / "out").folder / "recipe.json")
+    assert recipe["made_from"] == {"uni_v1@20x": [], "uni_v1@5x": told}
+
+
 def test_a_shifted_grid_costs_its_slide_and_the_offset_is_named(tmp_path: Path):
     put_both(tmp_path / "t", "a")
     put_both(tmp_path / "t", "b", shift=100)
@@ -240,10 +250,10 @@ def test_folders_that_do_not_fit_together_are_named(tmp_path: Path):
 
 @pytest.fixture
 def joined(tmp_path: Path) -> Path:
-    """Regions of slides a, b and c, of an encoder and an expert."""
+    """Regions of slides a, b and c, each a pixel wider, of an encoder and an expert."""
     rng = np.random.default_rng(0)
-    for slide in "abc":
-        put_both(tmp_path / "t", slide)
+    for i, slide in enumerate("abc"):
+        put_both(tmp_path / "t", slide, level0_width=SIZE[0] + i)
         values = rng.normal(size=(640, 3)).astype(np.float32)
         put(folder_of(tmp_path / "t", 20, "expert"), slide, grid(32, 20) * 512, values)
     return join(tmp_path / "t", tmp_path / "out", experts=("expert",)).folder
@@ -266,7 +276,7 @@ def test_pathme_takes_them(joined: Path):
     assert batch["fine_valid"].all() and np.ptp(batch["fine"]) == 31
 
 
-def test_a_region_encoders_tokens_lie_where_the_tiles_lay(joined: Path, monkeypatch):
+def hand_on_coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in encoder that hands on its regions' coarse features, which are column and row."""
 
     def encode(_: Any, batch: Any) -> dict[str, Any]:
@@ -281,13 +291,48 @@ def test_a_region_encoders_tokens_lie_where_the_tiles_lay(joined: Path, monkeypa
     stand_in = Encoder("copy", "regions", {"coarse": "uni_v1@5x"}, {}, encode)
     monkeypatch.setattr("pathme_jax.encoders.region_extraction.load", lambda *_: stand_in)
     monkeypatch.setattr(Encoder, "encode", lambda self, batch: self.apply(None, batch))
+
+
+def test_a_region_encoders_tokens_lie_where_the_tiles_lay(joined: Path, monkeypatch):
+    hand_on_coarse(monkeypatch)
     done = extract_regions(joined, "copy", progress=False)
     assert done.done == 3 and not done.errors
     (((_, mpp), folder),) = done.folders.items()
     bag = features.read_features(folder / "b.h5")
     assert mpp == 2.0 and len(bag.features) == 32
     np.testing.assert_array_equal(bag.coords, bag.features * 2048)
-    assert bag.attrs["level0_width"] == SIZE[0] and bag.attrs["patch_size_level0"] == 2048
+    assert bag.attrs["level0_width"] == SIZE[0] + 1 and bag.attrs["patch_size_level0"] == 2048
+
+
+def test_regions_away_from_their_grid_are_told(joined: Path, tmp_path: Path, monkeypatch):
+    hand_on_coarse(monkeypatch)
+    away = joined.rename(tmp_path / joined.name)
+    with pytest.raises(UserError, match=r"recipe\.json: missing, so the size of these"):
+        extract_regions(away, "copy", progress=False)
+
+
+def test_cohorts_that_share_a_folder_keep_their_slides_sizes(tmp_path: Path, monkeypatch):
+    """A second cohort's slide of the same id, on the same grid: scanned at 20x, and smaller."""
+    first = tmp_path / "first"
+    put_both(first, "a")
+    size = {"level0_magnification": 20, "level0_width": 256 * 17, "level0_height": 256 * 18}
+    for magnification, step, cells in ((20, 256, grid(16, 16)), (5, 1024, grid(4, 4))):
+        folder = folder_of(tmp_path / "second", magnification)
+        values = cells.astype(np.float32)
+        put(folder, "a", cells * step, values, patch_size_level0=np.float64(step), **size)
+    one = join(first, tmp_path / "out").folder
+    other = join(tmp_path / "second", tmp_path / "out").folder
+    assert one.parent == other.parent and one != other
+    hand_on_coarse(monkeypatch)
+    for folder, (width, height), mpp in (
+        (one, SIZE, 0.25),
+        (other, (256 * 17, 256 * 18), 0.5),
+    ):
+        done = extract_regions(folder, "copy", out=tmp_path / folder.name, progress=False)
+        bag = features.read_features(next(iter(done.folders.values())) / "a.h5")
+        assert (bag.attrs["level0_width"], bag.attrs["level0_height"]) == (width, height)
+        assert bag.attrs["level0_mpp"] == mpp
+        np.testing.assert_array_equal(bag.coords, bag.features * 512 / mpp)
 
 
 def test_the_launcher_takes_folders(tmp_path: Path, capsys):

@@ -151,6 +151,34 @@ def test_a_bad_image_is_listed_with_its_cure_and_costs_itself_alone(tmp_path, pa
         assert source.sidecars["TUM"]["names"] == ["TUM/a.jpg", "TUM/b.png"]
 
 
+def test_an_image_that_is_gone_costs_itself_alone(tmp_path, patches, monkeypatch):
+    """A link that leads nowhere, and an image deleted after it was found."""
+    (patches / "TUM" / "link.png").symlink_to(tmp_path / "nowhere.png")
+    deleted = put(patches / "NORM" / "d.png", picture(3))
+    find = images.find_images
+
+    def find_and_delete(root):
+        found = find(root)
+        deleted.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(images, "find_images", find_and_delete)
+    stored = store(patches, tmp_path / "out")
+    assert [error["image"] for error in stored.errors] == ["NORM/d.png", "TUM/link.png"]
+    assert all("No such file" in error["reason"] for error in stored.errors)
+    assert len(fields.FieldSource(stored.grid_dir)) == 3
+    put(tmp_path / "nowhere.png", picture(4))
+    assert not store(patches, tmp_path / "out").errors
+
+
+@pytest.mark.parametrize("back", [".", "..", "../.."])
+def test_links_are_followed_but_not_in_circles(tmp_path, patches, back):
+    (patches / "also").symlink_to(patches / "TUM")
+    (patches / "NORM" / "back").symlink_to(back)
+    found = [folder.slide_id for folder in images.find_images(patches)]
+    assert found == ["NORM", "TUM", "also"]
+
+
 def test_a_folder_of_bad_images_leaves_nothing_of_its_earlier_self(tmp_path, patches):
     grid_dir = store(patches, tmp_path / "out").grid_dir
     (patches / "NORM" / "c.tif").write_text("gone bad")
