@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pathme_jax.encoders.load import load
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
@@ -28,7 +29,6 @@ from sklearn.preprocessing import StandardScaler
 from pathme_jax import workflow
 from pathme_jax.encoders.extraction import extract_fields
 from pathme_jax.encoders.region_extraction import extract_regions
-from pathme_jax.encoders.load import load
 from pathme_jax.files import read_csv, read_json, write_json
 from pathme_jax.records.features import read_features
 from pathme_jax.records.join import join
@@ -91,7 +91,7 @@ def judge(
             for task, k in PROBES
         },
         "bags": {
-            task: {bag: row["rows"]["abmil"]["auroc"] for bag, row in by_bag.items()}
+            task: {bag: row["rows"]["head"]["auroc"] for bag, row in by_bag.items()}
             for task, by_bag in results.items()
         },
     }

@@ -39,8 +39,10 @@ def main(argv: list[str] | None = None) -> None:
     from pathme_jax.mil.run import run
 
     found = run(parent=arguments.pop("parent_features"), **arguments)
+    measure = "c_index" if arguments["survival"] else "auroc"
     for row, values in found["rows"].items():
-        print(f"{row:12} AUROC {values['auroc']}  95 % interval {values['interval']}")
+        label = found["head"] if row == "head" else row
+        print(f"{label:12} {measure} {values[measure]}  95 % interval {values['interval']}")
     for problem in found["problems"]:
         print(f"left out {problem['slide_id']}: {problem['reason']}. {problem['cure']}")
     if found["too_few_to_judge"]:

@@ -13,10 +13,19 @@ from __future__ import annotations
 
 import numpy as np
 
+from pathme_jax.evaluation.intervals import bootstrap_weights, interval
+
 
 def auroc(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None) -> float:
     """Within-group AUROC, or the plain one without groups. NaN where there is no pair to compare."""
     return float(_macro(scores, _one_hot(scores, labels), _groups(labels, groups), None)[0])
+
+
+def weighted_auroc(
+    scores: np.ndarray, labels: np.ndarray, groups: np.ndarray | None, weights: np.ndarray | None
+) -> np.ndarray:
+    """(r,) AUROCs of resamples, `weights` (r, n) saying how often each row is in each; None: (1,), each once."""
+    return _macro(scores, _one_hot(scores, labels), _groups(labels, groups), weights)
 
 
 def bootstrap_interval(
@@ -33,19 +42,8 @@ def bootstrap_interval(
     Args:
         cases: (n,) the patient of each row: all rows of a patient are drawn together.
     """
-    rng = np.random.default_rng([seed, 5])
-    names, first, unit = np.unique(cases, return_index=True, return_inverse=True)
-    weights = np.zeros((draws, len(names)))
-    for label in np.unique(labels[first]):
-        of_class = np.flatnonzero(labels[first] == label)
-        even = np.full(len(of_class), 1 / len(of_class))
-        weights[:, of_class] = rng.multinomial(len(of_class), even, size=draws)
-    values = _macro(scores, _one_hot(scores, labels), _groups(labels, groups), weights[:, unit])
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return float("nan"), float("nan")
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
+    weights = bootstrap_weights(cases, labels, draws, seed)
+    return interval(weighted_auroc(scores, labels, groups, weights))
 
 
 def permutation_p(
@@ -108,7 +106,7 @@ def _one_hot(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def _macro(
     scores: np.ndarray, is_class: np.ndarray, groups: np.ndarray, weights: np.ndarray | None
 ) -> np.ndarray:
-    """(r,) AUROCs of r sets of labels (c, r, n) or of weights (r, n): the U statistic, as matrix products."""
+    """(r,) AUROCs of r sets of labels (c, r, n) or of weights (r, n): the U statistic."""
     values = []
     for c in _compared(scores):
         positive = np.atleast_2d(is_class[c])
@@ -118,9 +116,12 @@ def _macro(
         wins, pairs = 0.0, 0.0
         for group in np.unique(groups):
             mine = np.flatnonzero(groups == group)
-            score = scores[mine, c]
-            above = (score[:, None] > score) + 0.5 * (score[:, None] == score)
-            wins = wins + ((positive[:, mine] @ above) * negative[:, mine]).sum(1)
+            order = mine[np.argsort(scores[mine, c], kind="stable")]
+            starts = np.flatnonzero(
+                np.append(True, np.diff(scores[order, c]) != 0)
+            )  # of equal scores
+            p, n = (np.add.reduceat(each[:, order], starts, 1) for each in (positive, negative))
+            wins = wins + (p * (np.cumsum(n, 1) - n / 2)).sum(1)
             pairs = pairs + positive[:, mine].sum(1) * negative[:, mine].sum(1)
         values.append(np.where(pairs > 0, wins / np.maximum(pairs, 1e-12), np.nan))
     stacked = np.array(values)

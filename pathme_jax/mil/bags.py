@@ -1,4 +1,4 @@
-"""Bags: the instances of a slide, or of all slides of a case; read, joined to their parents, and padded."""
+"""Bags: the instances of a slide, or of all slides of a case; read, and joined to their parents."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from pathme_jax.errors import UserError
+from pathme_jax.files import listed
 from pathme_jax.records.features import SPATIAL, Bag, read_features
 from pathme_jax.records.labels import Labels
+from pathme_jax.records.survival import Survival
+
+APART = 1000  # tiles between the slides of a case, which share no coordinates
 
 
 @dataclasses.dataclass
@@ -27,14 +31,14 @@ class Cohort:
     orphans: int
 
 
-def load(features: Path, labels: Labels, parents: Path | None = None) -> Cohort:
+def load(features: Path, labels: Labels | Survival, parents: Path | None = None) -> Cohort:
     """Reads the feature files of all labelled slides, each instance joined to its parent's feature if asked.
 
     Raises:
         UserError: a folder without feature files, no slide left, or features of different widths.
     """
     for folder in filter(None, (features, parents)):
-        if not any(folder.glob("*.h5")):
+        if not listed(folder, ".h5"):
             raise UserError(
                 f"{folder}: no feature files (*.h5)",
                 "Give the folder `python -m pathme_jax.extract` wrote",
@@ -136,6 +140,19 @@ class MilBag:
         """(m, d)"""
         return np.concatenate([slide.features for slide in self.slides])
 
+    @property
+    def cells(self) -> np.ndarray:
+        """(m, 2) row and column of each instance; slides of a case lie side by side, far apart; zero where
+        unknown."""
+        grids, right = [], 0
+        for slide in self.slides:
+            grid = (
+                np.zeros((len(slide.features), 2), np.int32) if slide.grid is None else slide.grid
+            )
+            grids.append(grid + np.array([0, right], np.int32))
+            right += int(grid[:, 1].max(initial=0)) + APART
+        return np.concatenate(grids)
+
 
 def make_bags(slides: list[Bag], labels: Labels, by: str) -> list[MilBag]:
     """One bag per slide, or one per case where `by` is "case"."""
@@ -146,56 +163,3 @@ def make_bags(slides: list[Bag], labels: Labels, by: str) -> list[MilBag]:
         key = case if by == "case" else slide.slide_id
         bags.setdefault(key, MilBag(case, int(labels.labels[row]), row, [])).slides.append(slide)
     return list(bags.values())
-
-
-@dataclasses.dataclass
-class Bucket:
-    """Bags padded to one size.
-
-    Attributes:
-        index: (b,) which bags.
-        features: (b, m, d) float32, zero where padded.
-        mask: (b, m) bool, True where there is an instance.
-    """
-
-    index: np.ndarray
-    features: np.ndarray
-    mask: np.ndarray
-
-
-def pack(bags: list[np.ndarray], max_instances: int | None = None, seed: int = 0) -> list[Bucket]:
-    """Pads bags of (m, d) features to few static sizes: the largest, and halves of it where bags are uneven.
-
-    A bag of more than `max_instances` keeps a random sample of them, the same in every run.
-    """
-    if max_instances is not None:
-        bags = [_sample(bag, max_instances, [seed, 3, i]) for i, bag in enumerate(bags)]
-    lengths = np.array([len(bag) for bag in bags])
-    size = _padded_sizes(lengths)
-    return [_fill(np.flatnonzero(size == s), bags, s) for s in np.unique(size).tolist()]
-
-
-def _sample(bag: np.ndarray, count: int, seed: list[int]) -> np.ndarray:
-    if len(bag) <= count:
-        return bag
-    return bag[np.sort(np.random.default_rng(seed).choice(len(bag), count, replace=False))]
-
-
-def _padded_sizes(lengths: np.ndarray) -> np.ndarray:
-    """(b,) size each bag is padded to. Each further size is one more compilation, so stop at 4/3 waste."""
-    top = -(-int(lengths.max()) // 32) * 32
-    ladder = [top]
-    while True:
-        padded = np.min([np.where(lengths <= s, s, top) for s in ladder], axis=0)
-        if padded.sum() <= 4 / 3 * lengths.sum() or len(ladder) == 6 or ladder[-1] <= 32:
-            return padded
-        ladder.append(-(-ladder[-1] // 64) * 32)
-
-
-def _fill(index: np.ndarray, bags: list[np.ndarray], size: int) -> Bucket:
-    features = np.zeros((len(index), size, bags[0].shape[1]), np.float32)
-    mask = np.zeros((len(index), size), bool)
-    for row, i in enumerate(index):
-        features[row, : len(bags[i])] = bags[i]
-        mask[row, : len(bags[i])] = True
-    return Bucket(index, features, mask)

@@ -10,25 +10,25 @@ from sklearn.linear_model import LogisticRegression
 from pathme_jax.errors import UserError
 from pathme_jax.files import read_csv
 from pathme_jax.mil.bags import MilBag
-from pathme_jax.mil.train import Members
 
 
-def logistic(vectors: np.ndarray, members: Members, classes: int, pairs: np.ndarray) -> np.ndarray:
+def logistic(
+    vectors: np.ndarray, labels: np.ndarray, weights: np.ndarray, classes: int, pairs: np.ndarray
+) -> np.ndarray:
     """(q, c) class probabilities of q pairs of member and bag.
 
     Args:
         vectors: (n, d) one per bag, standardised here by each member's training part.
-        members: gives each member's labels and training weights.
+        labels, weights: (p, n) of each member; it trains where its weights are above zero.
         pairs: (q, 2) member and bag.
     """
     scores = np.zeros((len(pairs), classes))
     for member in np.unique(pairs[:, 0]):
-        weights, labels = members.weights[member], members.labels[member]
-        train = weights > 0
+        train = weights[member] > 0
         mean, std = vectors[train].mean(0), vectors[train].std(0)
         x = (vectors - mean) / np.where(std > 1e-8, std, 1)
         model = LogisticRegression(max_iter=1000)
-        model.fit(x[train], labels[train], sample_weight=weights[train])
+        model.fit(x[train], labels[member, train], sample_weight=weights[member, train])
         mine = np.flatnonzero(pairs[:, 0] == member)
         scores[np.ix_(mine, model.classes_)] = model.predict_proba(x[pairs[mine, 1]])
     return scores

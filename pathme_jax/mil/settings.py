@@ -16,7 +16,15 @@ class Settings:
     folds: int = _setting(5, "cross-validation folds; fewer if the smallest class has fewer cases")
     fold_column_prefix: str = _setting("fold_", "the user's fold columns in the labels; '' ignores")
     bag: str = _setting("slide", "slide: one bag a slide, scores averaged per case; case: pooled")
+    survival: str = _setting("", "'' classifies; nll or cox: --task is an endpoint (os, dss, …)")
+    time_bins: int = _setting(4, "of the nll loss: quantiles of a fold's training events")
+    head: str = _setting("abmil", "abmil, clam_sb, dsmil, transmil, … (see mil/heads)")
+    options: str = _setting("", "of the head, such as heads=4,gated=false")
+    seeds: int = _setting(1, "heads a fold, of other first weights, whose scores are averaged")
     epochs: int = _setting(60, "passes over the training bags")
+    patience: int = _setting(
+        0, "epochs without a better validation loss before a head rests; 0: all"
+    )
     batch: int = _setting(4, "bags per step")
     learning_rate: float = _setting(1e-3, "peak, with cosine decay to zero")
     weight_decay: float = _setting(1e-2, "of AdamW")

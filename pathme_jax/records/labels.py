@@ -65,10 +65,10 @@ def read_labels(path: str | Path, task: str, fold_prefix: str = "fold_") -> Labe
         UserError: no such file or column, a slide twice, two labels in one case, a fold value not understood.
     """
     path = Path(path)
-    rows, columns = _read(path)
+    rows, columns = read(path)
     notes: list[str] = []
-    case = _find(columns, CASE_COLUMNS, notes)
-    slide = _find(columns, SLIDE_COLUMNS, notes)
+    case = find(columns, CASE_COLUMNS, notes)
+    slide = find(columns, SLIDE_COLUMNS, notes)
     if case is None and slide is None:
         raise UserError(
             f"{path}: neither a case nor a slide column among {', '.join(columns)}",
@@ -85,10 +85,10 @@ def read_labels(path: str | Path, task: str, fold_prefix: str = "fold_") -> Labe
             f"Available: {', '.join(c for c in columns if c not in ids) or 'none'}",
         )
     for row in rows:
-        row["/slide"] = _stem(row[slide or case or ""])
+        row["/slide"] = stem(row[slide or case or ""])
         row["/case"] = row[case] if case else row["/slide"]
     rows = sorted((row for row in rows if row["/slide"]), key=lambda row: row["/slide"])
-    _no_duplicates(path, [row["/slide"] for row in rows])
+    no_duplicates(path, [row["/slide"] for row in rows])
 
     labelled = [row for row in rows if row[task].lower() not in MISSING]
     if not labelled:
@@ -102,13 +102,13 @@ def read_labels(path: str | Path, task: str, fold_prefix: str = "fold_") -> Labe
         slide_ids=[row["/slide"] for row in labelled],
         case_ids=[row["/case"] for row in labelled],
         labels=np.array([classes.index(value) for value in values]),
-        folds=_folds(path, labelled, columns, fold_prefix),
+        folds=fold_columns(path, labelled, columns, fold_prefix),
         unlabelled=[row["/slide"] for row in rows if row[task].lower() in MISSING],
         notes=notes,
     )
 
 
-def _read(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+def read(path: Path) -> tuple[list[dict[str, str]], list[str]]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
@@ -125,21 +125,21 @@ def _read(path: Path) -> tuple[list[dict[str, str]], list[str]]:
     return rows, columns
 
 
-def _find(columns: list[str], names: tuple[str, ...], notes: list[str]) -> str | None:
+def find(columns: list[str], names: tuple[str, ...], notes: list[str]) -> str | None:
     found = next((name for name in names if name in columns), None)
     if found not in (None, names[0]):
         notes.append(f"column {found!r} read as {names[0]}")
     return found
 
 
-def _stem(slide: str) -> str:
+def stem(slide: str) -> str:
     """`a.svs` is slide `a`; a dot that begins no known suffix belongs to the name (TCGA)."""
     return (
         slide[: -len(Path(slide).suffix)] if Path(slide).suffix.lower() in SLIDE_SUFFIXES else slide
     )
 
 
-def _no_duplicates(path: Path, slide_ids: list[str]) -> None:
+def no_duplicates(path: Path, slide_ids: list[str]) -> None:
     for first, second in itertools.pairwise(slide_ids):
         if first == second:
             raise UserError(
@@ -169,7 +169,7 @@ def _numbers_alike(values: list[str]) -> list[str]:
     return [f"{float(v):g}" for v in values] if all(map(_is_number, values)) else values
 
 
-def _folds(
+def fold_columns(
     path: Path, rows: list[dict[str, str]], columns: list[str], prefix: str
 ) -> dict[str, list[str]]:
     if not prefix:

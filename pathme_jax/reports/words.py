@@ -72,20 +72,20 @@ def score(row: dict[str, Any] | None) -> str:
 
 def verdict(task: str, metrics: dict[str, dict[str, Any]]) -> str:
     """One or two plain sentences on a task, from each kind of bag's metrics."""
-    known = {bag: m for bag, m in metrics.items() if m["rows"]["abmil"]["auroc"] is not None}
+    known = {bag: m for bag, m in metrics.items() if m["rows"]["head"]["auroc"] is not None}
     if not known:
         return f"{task}: no two cases of different classes were tested in one fold, so nothing can be said."
-    best = max(known, key=lambda bag: known[bag]["rows"]["abmil"]["auroc"])
+    best = max(known, key=lambda bag: known[bag]["rows"]["head"]["auroc"])
     rows = known[best]["rows"]
-    value = score(rows["abmil"])
-    tied = [bag for bag in known if score(known[bag]["rows"]["abmil"]) == value]
+    value = score(rows["head"])
+    tied = [bag for bag in known if score(known[bag]["rows"]["head"]) == value]
     named = tied[0] if len(tied) == 1 else f"{', '.join(tied[:-1])} and {tied[-1]}"
     if known[best]["too_few_to_judge"]:
         return (
             f"{task}: {known[best]['cases']} cases are too few to judge. The highest AUROC is {value}, "
             f"of {named} bags; any of it may be chance."
         )
-    if _low(rows["abmil"]) > 0.5:
+    if _low(rows["head"]) > 0.5:
         text = f"{task}: {named} bags tell the classes apart best, AUROC {value}."
     else:
         text = f"{task}: no kind of bag is surely better than guessing; highest AUROC {value}, {named}."

@@ -3,11 +3,9 @@
 import h5py
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pathme_jax.errors import UserError
-from pathme_jax.mil.bags import load, make_bags, pack, with_parents
+from pathme_jax.mil.bags import load, make_bags, with_parents
 from pathme_jax.records.features import PROMPT, SPATIAL, Bag, coordinate_attrs, write_features
 from pathme_jax.records.labels import Labels
 
@@ -108,30 +106,3 @@ def test_a_case_bag_pools_its_slides(tmp_path):
         ("q", 1, "b"),
     ]
     assert pooled[0].features[:, 0].tolist() == [0, 0, 2, 2, 2, 2]
-
-
-@given(lengths=st.lists(st.integers(1, 700), min_size=1, max_size=30))
-def test_packing_keeps_every_instance_in_few_sizes(lengths):
-    bags = [np.full((n, 2), i + 1, np.float32) for i, n in enumerate(lengths)]
-    buckets = pack(bags)
-    assert len(buckets) <= 6
-    assert sorted(np.concatenate([b.index for b in buckets]).tolist()) == list(range(len(bags)))
-    for bucket in buckets:
-        for i, x, mask in zip(bucket.index, bucket.features, bucket.mask, strict=True):
-            assert mask.sum() == lengths[i] and (x[mask] == i + 1).all() and not x[~mask].any()
-
-
-def test_uneven_bags_do_not_pad_to_the_largest():
-    bags = [np.ones((n, 1), np.float32) for n in [8000] + [500] * 39]
-    padded = sum(bucket.mask.size for bucket in pack(bags))
-    assert padded < 4 / 3 * sum(map(len, bags))
-
-
-def test_a_large_bag_is_sampled_the_same_way_every_time():
-    large = np.arange(100, dtype=np.float32)[:, None]
-    (first,), (second,) = pack([large], 10, seed=1), pack([large], 10, seed=1)
-    np.testing.assert_array_equal(first.features, second.features)
-    chosen = first.features[first.mask][:, 0]
-    assert len(set(chosen.tolist())) == 10
-    (other,) = pack([large], 10, seed=2)
-    assert set(other.features[other.mask][:, 0].tolist()) != set(chosen.tolist())

@@ -65,8 +65,8 @@ def rows_of(found, name):
 
 def test_signal_is_found_and_controls_are_not(found):
     rows = found["rows"]
-    assert rows["abmil"]["auroc"] > 0.9 and rows["mean_pool"]["auroc"] > 0.9
-    assert rows["abmil"]["interval"][0] > 0.5
+    assert rows["head"]["auroc"] > 0.9 and rows["mean_pool"]["auroc"] > 0.9
+    assert rows["head"]["interval"][0] > 0.5
     for control in ("shuffled", "mean_colour"):
         low, high = rows[control]["interval"]
         assert low <= 0.5 <= high, (control, rows[control])
@@ -161,7 +161,7 @@ def test_case_bags_and_three_classes(tmp_path):
     assert found["classes"] == ["a", "b", "c"]
     rows = rows_of(found, "predictions.csv")
     assert len(rows) == 9 and rows[0]["slide_id"].count(";") == 1
-    assert found["rows"]["abmil"]["auroc"] > 0.8
+    assert found["rows"]["head"]["auroc"] > 0.8
     with h5py.File(f"{found['folder']}/attention/s00.h5") as file:
         assert 0 < np.asarray(file["attention"]).sum() < 1  # the case's sum to one
 
@@ -204,7 +204,7 @@ def test_no_signal_is_near_one_half_on_average(tmp_path):
     values = []
     for seed in range(4):
         rows = quick(tmp_path, seed=seed, epochs=4)["rows"]
-        values += [rows["shuffled"]["auroc"], rows["abmil"]["auroc"]]
+        values += [rows["shuffled"]["auroc"], rows["head"]["auroc"]]
     assert 0.35 < np.mean(values) < 0.65
 
 

@@ -1,30 +1,45 @@
 """The population trainer: members are independent, weights mean what they say, planted instances are found."""
 
+from __future__ import annotations
+
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from pathme_jax.evaluation.auroc import auroc
+from pathme_jax.mil import population
 from pathme_jax.mil.baselines import logistic
+from pathme_jax.mil.buckets import pack
+from pathme_jax.mil.crossval import bag_weights
 from pathme_jax.mil.folds import TEST, TRAIN, VALIDATION, stratified
-from pathme_jax.mil.heads import ABMIL
-from pathme_jax.mil.settings import Settings
-from pathme_jax.mil.train import (
-    Members,
-    _init,
-    _standardisation,
-    _step,
-    bag_weights,
-    fit,
-    predict,
-)
+from pathme_jax.mil.heads import make
+from pathme_jax.mil.population import Members, Schedule, fit, predict
+from pathme_jax.mil.tasks import Task, Tasks
+
+TASKS = Tasks((Task("label", "classes", ("0", "1")),))
+HEAD = make("abmil", 2, dict(hidden=64, attention=32, dropout=0.25))
 
 
-def members_of(parts, labels, cases):
+def members_of(parts, labels, cases, seeds=1):
+    """Every row of `parts` with each of `seeds` first weights."""
+    each = np.repeat(np.arange(len(parts)), seeds)
     weights = np.array([bag_weights(part, labels, cases) for part in parts])
-    return Members(parts, np.tile(labels, (len(parts), 1)), weights)
+    targets = np.tile(labels.astype(np.float32), (len(each), 1))[..., None]
+    count = len(each)
+    return Members(
+        parts[each],
+        targets,
+        weights[each],
+        np.arange(count) % seeds,
+        np.full(count, 3e-3),
+        np.full(count, 1e-2),
+    )
 
 
 def planted(n=56, m=40, d=8, witnesses=1, seed=0):
@@ -40,75 +55,97 @@ def planted(n=56, m=40, d=8, witnesses=1, seed=0):
     return bags, labels, [f"c{i}" for i in range(n)]
 
 
+def fitted(bags, members, schedule, head=HEAD):
+    return fit(head, TASKS, pack(bags), members, schedule, progress=False)
+
+
 @pytest.fixture(scope="module")
 def cohort():
     bags, labels, cases = planted()
     parts = stratified(cases, labels, ["0", "1"], 3, 0)
-    settings = Settings(epochs=20, learning_rate=3e-3)
-    members = members_of(parts, labels, cases)
-    return bags, labels, members, settings, fit(bags, members, 2, settings)
+    members = members_of(parts, labels, cases, seeds=2)
+    schedule = Schedule(20, batch=4)
+    return bags, labels, members, schedule, fitted(bags, members, schedule)
 
 
 def test_planted_instances_are_found_where_the_mean_hides_them(cohort):
     bags, labels, members, _, population = cohort
     pairs = np.argwhere(members.parts == TEST)
-    scores, attention = predict(population, bags, pairs)
-    mean_pool = logistic(np.array([bag.mean(0) for bag in bags]), members, 2, pairs)
+    logits, attention = predict(population, pack(bags), pairs)
+    scores = TASKS.each[0].predict(logits)
+    own = np.array([bag.mean(0) for bag in bags])
+    mean_pool = logistic(own, members.targets[..., 0].astype(int), members.weights, 2, pairs)
     truth, folds = labels[pairs[:, 1]], pairs[:, 0]
     assert auroc(scores, truth, folds) > 0.95
     assert auroc(mean_pool, truth, folds) < 0.75
-    on_planted = np.array([a[0] for a in attention])  # uniform attention would give 1/40
+    on_planted = np.array([a[0, 0] for a in attention])  # uniform attention would give 1/40
     assert on_planted[truth == 1].mean() > 0.4 > 0.1 > on_planted[truth == 0].mean()
     np.testing.assert_allclose([a.sum() for a in attention], 1, atol=1e-5)
-    assert [len(a) for a in attention] == [len(bags[b]) for b in pairs[:, 1]]
+    assert [a.shape[1] for a in attention] == [len(bags[b]) for b in pairs[:, 1]]
+
+
+def test_logits_of_all_at_once_are_those_of_each(cohort):
+    bags, _, members, _, fitted = cohort
+    pairs = np.argwhere(members.parts == TEST)[::5]
+    each, _ = predict(fitted, pack(bags), pairs)
+    np.testing.assert_allclose(
+        population.test_logits(fitted, pack(bags), pairs), each, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_member_is_the_same_alone(cohort):
-    bags, _, members, settings, population = cohort
-    alone = Members(members.parts[1:2], members.labels[1:2], members.weights[1:2])
-    single = fit(bags, alone, 2, settings)
-    np.testing.assert_allclose(population.history[1, :5], single.history[0, :5], atol=1e-4)
-    pairs = np.argwhere(alone.parts == TEST)
-    expected, _ = predict(single, bags, pairs)
-    found, _ = predict(population, bags, pairs + np.array([1, 0]))
-    np.testing.assert_allclose(found, expected, atol=1e-2)
+    """Losses of its first 20 steps to 1e-4, where dropout is the same; and it tests alike."""
+    bags, _, members, schedule, population = cohort
+    single = fitted(bags, members.take([3]), schedule)
+    together = population.losses[:, 3]
+    seen = np.flatnonzero(~np.isnan(together))[:20]
+    assert np.isnan(single.losses[:, 0]).tolist() == np.isnan(together).tolist()
+    np.testing.assert_allclose(single.losses[seen, 0], together[seen], atol=1e-4)
+    pairs = np.argwhere(members.parts[3:4] == TEST)
+    expected, _ = predict(single, pack(bags), pairs)
+    found, _ = predict(population, pack(bags), pairs + np.array([3, 0]))
+    np.testing.assert_allclose(found, expected, atol=0.05)
+
+
+def test_members_differ_by_their_seed_and_start_alike_with_the_same(cohort):
+    *_, population = cohort
+    first = population.params["classify"]["kernel"]
+    assert np.abs(first[0] - first[1]).max() > 1e-3
+    start = population_state(np.array([0, 1, 0]))
+    np.testing.assert_array_equal(start[0], start[2])
+    assert np.abs(start[0] - start[1]).max() > 1e-3
+
+
+def population_state(seeds):
+    state = population._init(HEAD, 8, jax.numpy.asarray(seeds))
+    return np.asarray(state["params"]["classify"]["kernel"])
 
 
 def test_the_same_again_is_the_same_to_the_bit(cohort):
-    bags, _, members, settings, population = cohort
-    again = fit(bags, members, 2, settings)
+    bags, _, members, schedule, population = cohort
+    again = fitted(bags, members, schedule)
     for a, b in zip(jax.tree.leaves(population.params), jax.tree.leaves(again.params), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_held_out_bags_leave_no_trace(cohort):
-    bags, _, members, settings, _ = cohort
-    settings = dataclasses.replace(settings, epochs=3)
+    bags, _, members, _, _ = cohort
     changed = [
         bag * 9 + 5 if part == TEST else bag
         for bag, part in zip(bags, members.parts[0], strict=True)
     ]
-    first = Members(members.parts[:1], members.labels[:1], members.weights[:1])
-    a, b = fit(bags, first, 2, settings), fit(changed, first, 2, settings)
+    a, b = (fitted(x, members.take([0]), Schedule(3, batch=4)) for x in (bags, changed))
     for one, other in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_batch_of_held_out_bags_moves_nothing(cohort):
-    """Momentum and weight decay would move it, were the update not skipped."""
-    bags, _, _, settings, _ = cohort
-    head = ABMIL(2, settings.hidden, settings.attention, settings.dropout)
-    key = jax.random.key(0)
-    state = _init(head, 2, 8, key)
-    x = bags[0][None, :20], np.ones((1, 20), bool)
-    standard = np.zeros((2, 8), np.float32), np.ones((2, 8), np.float32)
-    weights = np.array([[1.0], [0.0]], np.float32)  # held out of the second member
-    labels = np.array([[1], [1]])
-    after, _ = _step(head, 0.1, state, x, labels, weights, standard, (key, 0), 1e-2)
-    for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
-        np.testing.assert_array_equal(new[1], old[1])
-    moved = after["params"]["classify"]["kernel"] - state["params"]["classify"]["kernel"]
-    assert np.abs(moved[0]).min() > 0
+def test_members_that_take_turns_end_where_those_at_once_do(cohort, monkeypatch):
+    """A bag too large for all members at once."""
+    bags, _, members, _, _ = cohort
+    at_once = fitted(bags, members, Schedule(2))
+    monkeypatch.setattr(population, "GROUP_BYTES", 2 * 6 * 4 * 40 * 64)
+    in_turns = fitted(bags, members, Schedule(2))
+    np.testing.assert_allclose(in_turns.losses, at_once.losses, atol=1e-4)
 
 
 def test_weights_balance_classes_and_cases():
@@ -122,20 +159,21 @@ def test_weights_balance_classes_and_cases():
     assert np.isclose(weights.sum(), 5)
 
 
-def test_a_validation_part_chooses_the_epoch():
+@pytest.mark.parametrize("patience", [0, 2])
+def test_a_validation_part_chooses_the_epoch(patience):
     """The validation bags are labelled wrongly, so that the loss on them rises as training goes on."""
     bags, labels, cases = planted(n=24, witnesses=6)
     parts = np.where(np.arange(24) < 14, TRAIN, np.where(np.arange(24) < 20, VALIDATION, TEST))
     wrong = np.where(parts == VALIDATION, 1 - labels, labels)
-    settings = Settings(epochs=12)
-    members = members_of(parts[None], wrong, cases)
-    kept = fit(bags, members, 2, settings)
-    assert np.argmin(kept.history[0, :, 1]) < 3
+    kept = fitted(bags, members_of(parts[None], wrong, cases), Schedule(12, 4, patience))
+    validation = kept.history[0, :, 1]
+    assert np.nanargmin(validation) == kept.best[0] < 3
+    assert np.isnan(validation[int(kept.best[0]) + 3 :]).all() == bool(patience)
     pairs = np.argwhere(parts[None] == VALIDATION)
-    scores, _ = predict(kept, bags, pairs)
+    scores = TASKS.each[0].predict(predict(kept, pack(bags), pairs)[0])
     own = np.take_along_axis(scores, wrong[pairs[:, 1]][:, None], 1)[:, 0]
     per_class = [np.mean(-np.log(own[wrong[pairs[:, 1]] == c])) for c in (0, 1)]
-    assert np.isclose(np.mean(per_class), kept.history[0, :, 1].min(), atol=1e-4)
+    assert np.isclose(np.mean(per_class), np.nanmin(validation), atol=1e-4)
 
 
 def test_uneven_bags_train_in_buckets_and_predict_on_all_instances():
@@ -143,14 +181,51 @@ def test_uneven_bags_train_in_buckets_and_predict_on_all_instances():
     bags = [rng.normal(size=(n, 3)).astype(np.float32) for n in [900, 40, 50, 60, 30, 45]]
     labels, cases = np.array([0, 1] * 3), list("abcdef")
     members = members_of(np.array([[TEST, TRAIN, TRAIN, TRAIN, TRAIN, TEST]]), labels, cases)
-    population = fit(bags, members, 2, Settings(epochs=2, max_instances=64))
-    scores, attention = predict(population, bags, np.array([[0, 0], [0, 5]]))
-    assert [len(a) for a in attention] == [900, 45]
-    assert np.isfinite(scores).all() and np.isclose(attention[0].sum(), 1, atol=1e-4)
+    trained = fit(HEAD, TASKS, pack(bags, most=64), members, Schedule(2), progress=False)
+    logits, attention = predict(trained, pack(bags), np.array([[0, 0], [0, 5]]))
+    assert [a.shape[1] for a in attention] == [900, 45]
+    assert np.isfinite(logits).all() and np.isclose(attention[0].sum(), 1, atol=1e-4)
 
 
 def test_standardisation_is_of_the_training_bags_and_spares_constant_features():
     bags = [np.array([[1, 7.7], [3, 7.7]]), np.array([[100, 0]]), np.array([[5, 7.7]])]
-    mean, std = _standardisation(bags, np.array([[TRAIN, TEST, TRAIN]]))
+    mean, std = population.standardisation(pack(bags), np.array([[TRAIN, TEST, TRAIN]]))
     np.testing.assert_allclose(mean, [[3, 7.7]], rtol=1e-6)
     np.testing.assert_allclose(std, [[np.sqrt(8 / 3), 1]], rtol=1e-6)
+
+
+def test_eight_devices_end_where_one_does(tmp_path: Path):
+    """Six members on eight fake devices, two of them idle, from the same state."""
+    code = (
+        "import sys, numpy as np; sys.path[:0] = [sys.argv[2]]; import test_population as t\n"
+        "bags, labels, cases = t.planted(n=16)\n"
+        "parts = np.where(np.arange(16) % 4 == np.arange(3)[:, None], t.TEST, t.TRAIN)\n"
+        "got = t.fitted(bags, t.members_of(parts, labels, cases, seeds=2), t.Schedule(2, batch=2))\n"
+        "np.savez(sys.argv[1], losses=got.losses, kernel=got.params['embed']['kernel'])\n"
+    )
+    found = []
+    for devices in (1, 8):
+        out = tmp_path / f"{devices}.npz"
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        subprocess.run(
+            [sys.executable, "-c", code, str(out), str(Path(__file__).parent)],
+            env={**os.environ, "XLA_FLAGS": flags},
+            check=True,
+        )
+        found.append(np.load(out))
+    np.testing.assert_allclose(found[1]["losses"], found[0]["losses"], atol=1e-5)
+    np.testing.assert_allclose(found[1]["kernel"], found[0]["kernel"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [("depth=2", "abmil has no 'depth'"), ("heads=many", "not int"), ("gated=maybe", "not bool")],
+)
+def test_a_wrong_option_of_a_head_is_named(options, said):
+    from pathme_jax.errors import UserError
+
+    with pytest.raises(UserError, match=said):
+        make("abmil", 2, {}, options)
+    made = make("abmil", 2, dict(hidden=8), "heads=3,gated=false,embed=16x8")
+    assert (made.heads, made.gated, made.embed) == (3, False, (16, 8))
+    assert dataclasses.replace(made, outputs=4).outputs == 4

@@ -29,7 +29,7 @@ def make_run(folder, auroc=0.9, low=0.8, few=False, slides=6, **rows):
         "fold_source": "stratified by case", "too_few_to_judge": few,
         "problems": [{"slide_id": "lost", "reason": "no <features>", "cure": "Extract it"}],
         "rows": {
-            "abmil": row(auroc, low, 1.0), "mean_pool": row(0.7, 0.5, 0.8),
+            "head": row(auroc, low, 1.0), "mean_pool": row(0.7, 0.5, 0.8),
             "shuffled": row(0.5, 0.3, 0.7), **rows,
         },
     }  # fmt: skip
@@ -160,10 +160,10 @@ def test_the_same_content_is_the_same_file(tmp_path, report):
 @pytest.mark.parametrize(
     "rows, expected",
     [
-        ({"abmil": row(0.9, 0.8, 1.0)}, "PatHME bags tell the classes apart best, AUROC 0.90"),
-        ({"abmil": row(0.6, 0.4, 0.8)}, "no kind of bag is surely better than guessing"),
-        ({"abmil": row(None, None, None)}, "nothing can be said"),
-        ({"abmil": row(0.9, 0.8, 1), "shuffled": row(0.8, 0.6, 1)}, "distrust this result"),
+        ({"head": row(0.9, 0.8, 1.0)}, "PatHME bags tell the classes apart best, AUROC 0.90"),
+        ({"head": row(0.6, 0.4, 0.8)}, "no kind of bag is surely better than guessing"),
+        ({"head": row(None, None, None)}, "nothing can be said"),
+        ({"head": row(0.9, 0.8, 1), "shuffled": row(0.8, 0.6, 1)}, "distrust this result"),
     ],
 )
 def test_the_verdict_follows_the_interval(rows, expected):

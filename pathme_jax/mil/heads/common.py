@@ -1,0 +1,118 @@
+"""What every slide-level head takes and answers, and the few steps they share.
+
+A head sees one bag: callers map it over bags and over members with `jax.vmap`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jax import Array
+
+from pathme_jax.errors import UserError
+
+
+@struct.dataclass
+class Bag:
+    """The m instances of one slide, or case, padded to a static size.
+
+    Attributes:
+        features: (m, d) float32; zeros where padded.
+        mask: (m,) bool, True where there is an instance; these may be anywhere.
+        cells: (m, 2) int32 row and column on the slide's grid of tiles; zeros where unknown.
+    """
+
+    features: Array
+    mask: Array
+    cells: Array
+
+
+@struct.dataclass
+class Out:
+    """What a head says of one bag.
+
+    Attributes:
+        logits: (o,) float32, by which the slide is judged.
+        attention: (a, m) float32 ≥ 0; a row sums to one over the instances and is zero on padding.
+        streams: pairs of weight and logits (o,); while training the task's loss is taken of each.
+        more: what the head's own `extra` loss needs.
+    """
+
+    logits: Array
+    attention: Array
+    streams: tuple[tuple[float | Array, Array], ...]
+    more: dict[str, Any]
+
+
+def single(logits: Array, attention: Array) -> Out:
+    """The answer of a head whose logits are all that the task's loss is taken of."""
+    return Out(logits, attention, ((1.0, logits),), {})
+
+
+def embedded(features: Array, sizes: Sequence[int], dropout: float, train: bool) -> Array:
+    """(m, d) → (m, last of sizes): layers "embed", "embed_1", …, each `dropout(relu(x W + b))`.
+
+    To be called in a head's compact `__call__`. Without sizes the features are returned as they are.
+    """
+    for i, size in enumerate(sizes):
+        features = nn.relu(nn.Dense(size, name=f"embed_{i}" if i else "embed")(features))
+        features = nn.Dropout(dropout, deterministic=not train)(features)
+    return features
+
+
+def attention_scores(
+    h: Array, width: int, rows: int, gated: bool, dropout: float = 0.0, train: bool = False
+) -> Array:
+    """(m, h) → (rows, m) scores before the softmax: `w · tanh(V h)`, or gated `w · (tanh(V h) ⊙ σ(U h))`.
+
+    Ilse et al. 2018, eq. 8 and 9. Rows share V and U and differ in w. To be called in a head's compact
+    `__call__`; the layers are "tanh", "gate" and "attend".
+    """
+    drop = nn.Dropout(dropout, deterministic=not train)
+    hidden = drop(jnp.tanh(nn.Dense(width, name="tanh")(h)))
+    if gated:
+        hidden = hidden * drop(nn.sigmoid(nn.Dense(width, name="gate")(h)))
+    # No bias: the softmax over instances would not notice it.
+    return nn.Dense(rows, use_bias=False, name="attend")(hidden).T
+
+
+def masked_softmax(scores: Array, mask: Array, axis: int = -1) -> Array:
+    """Softmax over the True entries of `mask`, in float32; zero elsewhere, and throughout where there are none.
+
+    Unlike `jax.nn.softmax(..., where=mask)` neither the value nor the gradient of an all-False row is NaN.
+    """
+    scores = scores.astype(jnp.float32)
+    low = jnp.finfo(jnp.float32).min
+    top = jax.lax.stop_gradient(jnp.max(scores, axis, keepdims=True, where=mask, initial=low))
+    weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores - top, 0)), 0)
+    total = weights.sum(axis, keepdims=True)
+    return weights / jnp.where(total > 0, total, 1)
+
+
+def masked_max(values: Array, mask: Array) -> Array:
+    """(m, h), (m,) → (h,): the largest over the instances; zero where there is none."""
+    top = jnp.max(jnp.where(mask[:, None], values, -jnp.inf), 0)
+    return jnp.where(mask.any(), top, 0)
+
+
+def absorb(params: dict, mean: Array, std: Array) -> dict:
+    """The head that takes raw features, given the one that takes (x - mean) / std, both (d,).
+
+    The standardisation goes into the first layer, so that members with different training folds share one x:
+    (x - mean) / std · W + b = x · (W / std) + (b - mean / std · W).
+    The first layer is "embed", or the classifier of a pooling head without one.
+    """
+    if "embed" not in params and set(params) != {"classify"}:
+        raise UserError(
+            "embed=() leaves this head without a first layer that could standardise the features",
+            "Give it at least one size, such as embed=(512,)",
+        )
+    first = "embed" if "embed" in params else "classify"
+    kernel = params[first]["kernel"] / std[:, None]
+    bias = params[first]["bias"] - mean @ kernel
+    return {**params, first: {"kernel": kernel, "bias": bias}}

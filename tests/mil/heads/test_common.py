@@ -1,0 +1,55 @@
+"""What the heads share: the masked softmax, and the standardisation taken into the first layer."""
+
+from __future__ import annotations
+
+import runpy
+import types
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pathme_jax.errors import UserError
+from pathme_jax.mil.heads.common import absorb, masked_softmax
+from pathme_jax.mil.heads.dsmil import DSMIL
+from pathme_jax.mil.heads.pooling import MaxPool, MeanPool
+
+contract: Any = types.SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).with_name("contract.py")))
+)
+
+
+@pytest.mark.parametrize("offset", [0.0, -1e4, 1e4])
+def test_softmax_sees_instances_alone_however_padding_scores(offset):
+    scores = jnp.array([1.0, 0.0, 2.0, 0.0]) + jnp.array([offset, 0, offset, 0])
+    found = masked_softmax(scores, jnp.array([True, False, True, False]))
+    one = 1 / (1 + np.exp(1.0))
+    np.testing.assert_allclose(found, [one, 0, 1 - one, 0], atol=1e-6)
+
+
+def test_softmax_of_no_instances_is_zero_and_so_is_its_gradient():
+    scores, mask = jnp.array([[1.0, 2.0], [3.0, 5.0]]), jnp.array([[False, False], [True, True]])
+    found = masked_softmax(scores, mask)
+    np.testing.assert_allclose(found.sum(1), [0, 1], atol=1e-6)
+    gradient = jax.grad(lambda s: (masked_softmax(s, mask) ** 2).sum())(scores)
+    assert np.isfinite(gradient).all() and not gradient[0].any() and gradient[1].all()
+
+
+@pytest.mark.parametrize(
+    "head", [MeanPool(3, embed=(6, 4)), MeanPool(3, embed=()), MaxPool(3, embed=()), DSMIL(3, (6,))]
+)
+def test_absorbing_the_standardisation_is_standardising(head):
+    bag, params = contract.bag(), contract.parameters(head)
+    mean, std = bag.features.mean(0) + 3, bag.features.std(0) * 2
+    standard = bag.replace(features=(bag.features - mean) / std)
+    expected = contract.answer(head, params, standard)
+    contract.close(contract.answer(head, absorb(params, mean, std), bag), expected)
+
+
+def test_a_head_with_no_first_layer_to_absorb_into_is_refused():
+    params = contract.parameters(DSMIL(3, embed=()))
+    with pytest.raises(UserError, match="embed"):
+        absorb(params, jnp.zeros(contract.WIDTH), jnp.ones(contract.WIDTH))
