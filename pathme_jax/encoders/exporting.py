@@ -423,7 +423,7 @@ def _write_stablehlo(model: Exportable, folder: Path) -> None:
     )
     folder.mkdir()
     (folder / "encoder.stablehlo").write_bytes(program.serialize())
-    np.savez(folder / "params.npz", **params)
+    np.savez(folder / "params.npz", **params)  # pyright: ignore[reportArgumentType]
     (folder / "README.md").write_text(card.stablehlo_usage(model.inputs) + "\n")
 
 
