@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAUNCHERS = [
     "data_prep.synthesize", "data_prep.tile", "data_prep.regions", "pathme_jax.train",
     "pathme_jax.extract", "pathme_jax.mil_train", "pathme_jax.demo", "pathme_jax.encoders",
-    "pathme_jax.convert", "pathme_jax.export",
+    "pathme_jax.convert", "pathme_jax.export", "pathme_jax.evaluate",
 ]  # fmt: skip
 
 

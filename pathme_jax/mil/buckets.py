@@ -10,7 +10,7 @@ import numpy as np
 
 from pathme_jax.mil.heads.common import Bag
 
-WASTE = 1.2  # padded instances over real ones, at most
+WASTE = 1.1  # padded instances over real ones, at most
 SIZES = 8  # each is one more compilation
 
 

@@ -29,6 +29,7 @@ Array = jax.Array
 EACH, ALL = PartitionSpec("members"), PartitionSpec()
 STEPS = PartitionSpec(None, "members")
 RUN = 16  # steps in one program; the order of bags is shuffled in runs of bags of one size
+LARGE = 256  # instances of a bag from which on members that hold it out are not computed at all
 GROUP_BYTES = 2 << 30  # of hidden activations at once on a device; members beyond that take turns
 
 
@@ -118,7 +119,8 @@ def fit(
     fixed = put({"mean": mean, "std": std, "decay": np.float32(members.decays)}, EACH)
     state = put(_init(head, len(mean[0]), jnp.asarray(members.seeds)), EACH)
     bags = [put(bucket.arrays(), ALL) for bucket in buckets]
-    group = [_group(head, state, bucket, schedule.batch, mesh.size) for bucket in buckets]
+    group = [_group(state, bucket, schedule.batch, mesh.size) for bucket in buckets]
+    active = [_active(members, bucket, schedule.batch, mesh.size) for bucket in buckets]
     steps = sum(-(-len(bucket.index) // schedule.batch) for bucket in buckets) * schedule.epochs
     key = jax.random.key(schedule.seed)
 
@@ -145,6 +147,7 @@ def fit(
                 "rate": np.float32(members.rates * decay[:, None]),
             }
             keys = jax.vmap(functools.partial(jax.random.fold_in, key))(step - 1)
+            plan["active"] = _first(weights.sum(2) > 0, active[which], mesh.size)
             common = {"rows": np.maximum(rows, 0), "real": real, "key": keys}
             run = _compiled(
                 _run,
@@ -236,12 +239,32 @@ def _init(head: Any, width: int, seeds: Array) -> dict[str, Any]:
     return one(seeds)
 
 
-def _group(head: Any, state: Any, bucket: Bucket, batch: int, devices: int) -> int:
+def _group(state: Any, bucket: Bucket, batch: int, devices: int) -> int:
     """How many members a device works on at once, so that what they hold of a step's bags fits."""
     params = state["params"]
     hidden = params["embed"]["kernel"].shape[-1] if "embed" in params else 64
     held = 6 * 4 * batch * bucket.features.shape[1] * hidden
     return max(1, min(len(jax.tree.leaves(params)[0]) // devices, GROUP_BYTES // held))
+
+
+def _active(members: Members, bucket: Bucket, batch: int, devices: int) -> int:
+    """How many members of a device a step must work on. Fewer than all where every bag is held out of some, and
+    large enough that taking them apart costs less than it saves."""
+    here = len(members) // devices
+    if batch > 1 or bucket.mask.shape[1] < LARGE:
+        return here
+    training = (members.weights[:, bucket.index] > 0).reshape(devices, here, -1)
+    return int(training.sum(1).max())
+
+
+def _first(training: np.ndarray, count: int, devices: int) -> np.ndarray:
+    """(k, devices * count) int32: of each step and device `count` of its members, those that train first.
+
+    training: (k, p) bool.
+    """
+    by_device = training.reshape(len(training), devices, -1)
+    order = np.argsort(~by_device, axis=2, kind="stable")[..., :count]
+    return order.reshape(len(training), -1).astype(np.int32)
 
 
 @functools.lru_cache(maxsize=64)
@@ -276,11 +299,21 @@ def _run(
             state, fixed, plan = one
             return _update(head, tasks, seen, common["key"], state, fixed, plan)
 
+        nothing = jnp.zeros(len(plan["rate"]))
+
+        some = plan["active"]
+        own = {key: value for key, value in plan.items() if key != "active"}
+
         def do(state: Any) -> Any:
-            return jax.lax.map(update, (state, fixed, plan), batch_size=group)
+            if len(some) == len(nothing):
+                return jax.lax.map(update, (state, fixed, own), batch_size=group)
+            mine = jax.tree.map(lambda x: x[some], (state, fixed, own))
+            new, loss = jax.lax.map(update, mine, batch_size=group)
+            state = jax.tree.map(lambda x, y: x.at[some].set(y), state, new)
+            return state, nothing.at[some].set(loss)
 
         def rest(state: Any) -> Any:
-            return state, jnp.zeros(len(plan["rate"]))
+            return state, nothing
 
         return jax.lax.cond(common["real"], do, rest, state)
 

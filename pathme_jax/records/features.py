@@ -254,7 +254,7 @@ def _values(dataset: Any, dtype: npt.DTypeLike | None) -> tuple[np.ndarray, bool
     """All of a dataset of rows as `dtype`, and whether every number is finite.
 
     Where the rows lie in the file as they are in memory, they are read, looked at and converted in pieces
-    that stay in a core's cache, by several threads. That is so in our files, and mostly in TRIDENT's, whose
+    that stay in the processor's cache, by several threads. That is so in our files, and mostly in TRIDENT's, whose
     chunks of one row lie one after the other: looking at these one by one takes HDF5 twice the time.
     """
     if not isinstance(dataset, h5py.Dataset):
@@ -289,7 +289,7 @@ def _values(dataset: Any, dtype: npt.DTypeLike | None) -> tuple[np.ndarray, bool
             return values, all(list(threads.map(read, pieces)))
 
 
-PIECE = 1 << 20  # bytes
+PIECE = 4 << 20  # bytes; smaller ones cost more in turns than they save
 
 
 def _runs(dataset: h5py.Dataset) -> list[tuple[int, int, int]] | None:

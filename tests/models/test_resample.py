@@ -23,12 +23,13 @@ def test_rows_sum_to_one(rule, old, new):
 @pytest.mark.parametrize(("rule", "pil"), [("bicubic", "BICUBIC"), ("bilinear", "BILINEAR")])
 @pytest.mark.parametrize("side", [224, 96, 300])
 def test_images_are_resized_as_pil_does(rule, pil, side):
-    """PIL's weights have 22 bits, so what lies between two grey levels may round the other way."""
+    """PIL's weights have 22 bits, so what lies between two grey levels may round the other way,
+    in either of the two passes."""
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3)).astype(np.uint8)
     theirs = Image.fromarray(image).resize((side, side), getattr(Image.Resampling, pil))
     ours = np.asarray(resize_images(jnp.asarray(image)[None], (side, side), f"{rule} antialias"))[0]
     gap = np.abs(ours - np.asarray(theirs, np.float32))
-    assert gap.max() <= 1 and (gap > 0).mean() < 0.06
+    assert gap.max() <= 2 and (gap > 1).mean() < 1e-3 and (gap > 0).mean() < 0.06
 
 
 def test_an_unknown_rule_is_named():

@@ -86,7 +86,7 @@ def masked_softmax(scores: Array, mask: Array, axis: int = -1) -> Array:
 
     Unlike `jax.nn.softmax(..., where=mask)` neither the value nor the gradient of an all-False row is NaN.
     """
-    scores = scores.astype(jnp.float32)
+    scores, mask = jnp.broadcast_arrays(scores.astype(jnp.float32), mask)
     low = jnp.finfo(jnp.float32).min
     top = jax.lax.stop_gradient(jnp.max(scores, axis, keepdims=True, where=mask, initial=low))
     weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores - top, 0)), 0)
