@@ -10,8 +10,8 @@ import numpy as np
 
 from pathme_jax.mil.heads.common import Bag
 
-WASTE = 1.1  # padded instances over real ones, at most
-SIZES = 8  # each is one more compilation
+WASTE = 1.05  # padded instances over real ones, at most
+SIZES = 16  # each is one more compilation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +82,8 @@ def _sample(count: int, most: int | None, seed: list[int]) -> np.ndarray:
 def padded_sizes(lengths: np.ndarray) -> np.ndarray:
     """(n,) size each bag is padded to: the fewest sizes that keep the waste below WASTE, each placed where it
     saves most."""
-    # Rounded up by less than an eighth: bags of nearly one size share it.
-    step = 2 ** np.maximum(np.log2(np.maximum(lengths, 1)).astype(int) - 3, 0)
+    # Rounded up by less than a thirty-second: bags of nearly one size share it.
+    step = 2 ** np.maximum(np.log2(np.maximum(lengths, 1)).astype(int) - 5, 0)
     own = np.maximum(-(-lengths // step) * step, 1)
     sizes = [int(own.max())]
     while True:
