@@ -75,7 +75,6 @@ class SlideFiles:
 
     def __init__(self, task: Task, grid: Grid, widths: Mapping[str, int]):
         self.task, self.grid = task, grid
-        self._started = time.perf_counter()
         self._files: dict[tuple[str, int], feature_files.FeatureFile] = {}
         missing = [(path, *grid.column(path)) for path in task.missing()]
         shapes = [(task.slide.count(multiple), widths[name]) for _, name, multiple in missing]
@@ -120,10 +119,10 @@ class SlideFiles:
                 )
                 file.append(outputs[name][rows[mine]], level0, cells[mine])
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, seconds: float) -> dict[str, Any]:
         """Renames the files into place; the slide's row. Raises UserError where rows are missing."""
         self._stack.close()
-        slide, seconds = self.task.slide, time.perf_counter() - self._started
+        slide = self.task.slide
         at = {self.grid.mpp * k: slide.count(k) for k in self.task.multiples}
         return {
             "state": "done",
@@ -157,6 +156,9 @@ class Arrivals:
         self._open: SlideFiles | None = None
         self._problem: Failure | None = None  # of the slide that is coming in
         self._ended = 0
+        self._since = (
+            time.perf_counter()
+        )  # when the slide before had come: slides come one after another
 
     def receive(self, parts: Sequence[Part], outputs: Mapping[str, np.ndarray]) -> int:
         """Writes a batch's features; how many tiles were written. Raises OSError where the disk is full."""
@@ -175,7 +177,7 @@ class Arrivals:
                 self._open.append(parts, outputs)
                 written = sum(len(part.multiple) for part in parts)
                 if parts[-1].last:
-                    self._tell(task, self._open.finish())
+                    self._tell(task, self._open.finish(time.perf_counter() - self._since))
                     self.done.append(task.slide.slide_id)
             except UserError as error:
                 problem = failure(task.slide.slide_id, error)
@@ -197,6 +199,7 @@ class Arrivals:
             self._tell_failure(task, problem)
         self.claims.release(task.slide.slide_id)
         self._ended += 1
+        self._since = time.perf_counter()
 
     def lose(self, slide_ids: Sequence[str], failure_of: Callable[[str], Failure]) -> None:
         """After a worker's death: these slides failed, what else had not come in is left to be done."""
