@@ -40,7 +40,7 @@ MADE: dict[str, Any] = {
     "max": lambda: HEADS["max"](2, embed=EMBED),
     "clam_sb": lambda: HEADS["clam_sb"](2, embed=EMBED, attention=64, instances=2),
     "dsmil": lambda: HEADS["dsmil"](2, embed=EMBED),
-    "transmil": lambda: HEADS["transmil"](2, embed=(64,)),
+    "transmil": lambda: HEADS["transmil"](2, hidden=64, landmarks=16),
 }
 FOLDS, REPEATS = 10, 5
 

@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 @launcher
 def main(argv: list[str] | None = None) -> None:
     arguments = vars(_parser().parse_args(argv))
-    from pathme_jax.evaluation.baselines import SHOWN, run, table_rows
+    from pathme_jax.evaluation.frozen import SHOWN, run, table_rows
 
     found = run(**arguments)
     for row in table_rows(found["features"]):

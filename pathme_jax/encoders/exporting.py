@@ -25,6 +25,7 @@ from pathme_jax.encoders.zoo import Definition
 from pathme_jax.errors import UserError
 from pathme_jax.files import atomic, digest, read_json, write_json
 from pathme_jax.models.resample import resize_positions
+from pathme_jax.models.transformer import gated_width
 from pathme_jax.models.vit import ViT
 from pathme_jax.training import checkpoints
 from pathme_jax.training.contract import flat, nested
@@ -291,11 +292,7 @@ def _hidden(definition: Definition) -> int:
     vit = definition.model
     if vit["ffn"] == "mlp":
         return round(vit["width"] * vit["mlp_ratio"])
-    return 2 * _gated(vit["width"], vit["mlp_ratio"])
-
-
-def _gated(width: int, ratio: float) -> int:
-    return -(-int(width * ratio * 2 / 3) // 8) * 8
+    return 2 * gated_width(vit["width"], vit["mlp_ratio"])
 
 
 def _timm_config(definition: Definition, side: int) -> dict[str, Any]:
@@ -344,7 +341,7 @@ def _whole_ratio(definition: Definition) -> int | None:
     vit = definition.model
     for ratio in range(1, 17):
         mlp = vit["width"] * ratio
-        made = 2 * _gated(vit["width"], ratio) if vit["ffn"] == "swiglu" else mlp
+        made = 2 * gated_width(vit["width"], ratio) if vit["ffn"] == "swiglu" else mlp
         if made == _hidden(definition):
             return ratio
     return None

@@ -50,8 +50,6 @@ class Definition:
         positions: what the released file's positions cover: "patches", "cls+patches" or
             "cls+registers+patches". Here those of CLS and registers are added to the tokens themselves.
         millions: of parameters, as published (a pooler included).
-        parameters: of the released encoder (its pooler included), without what is in `unused`; 0 where
-            nothing was published.
         unused: keys of the released file (regular expressions) that no feature needs.
         mpp: µm/px it was trained at; none for natural images. tile_px: side of the tiles its authors feed
             it, before `input`.

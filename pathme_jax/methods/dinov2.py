@@ -5,7 +5,6 @@ The student sees masked global crops and unmasked local ones, the teacher unmask
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -30,8 +29,7 @@ from pathme_jax.views.images import Crop, many, normalise
 
 Array = jax.Array
 IBOT_HEADS = ("separate", "shared")
-# Fields of a ViT that say how it is computed, not what; Linen's own are the last two.
-RUNNING = ("remat", "unroll", "attention", "dtype", "parent", "name")
+RUNNING = ("remat", "unroll", "attention", "dtype")  # of a model: how it is computed, not what
 
 
 class DINOv2:
@@ -232,8 +230,7 @@ class DINOv2:
     def definition(self) -> Definition:
         """What `product` is: the EMA teacher's ViT, read by its CLS token."""
         how = {"resize": 0, "crop": 0, **self.config.encode}
-        fields = {f.name: f.default for f in dataclasses.fields(ViT) if f.name not in RUNNING}
-        model = {**fields, **{k: v for k, v in self.config.model.items() if k in fields}}
+        model = {k: v for k, v in self.config.model.items() if k not in RUNNING}
         return Definition(
             name="dinov2",
             model=model,

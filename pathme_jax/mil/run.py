@@ -20,7 +20,7 @@ from pathme_jax.errors import UserError
 from pathme_jax.files import atomic, digest, listed, provenance, read_json, write_json
 from pathme_jax.mil.bags import load
 from pathme_jax.mil.settings import Settings
-from pathme_jax.records.features import recipe_of
+from pathme_jax.records.features import identity_of
 from pathme_jax.records.labels import Labels, read_labels
 from pathme_jax.records.survival import Survival, read_survival
 
@@ -114,19 +114,10 @@ def _recipe(
             *_truth(table),
             table.folds,
         ],
-        "features": [_identity(features / f"{s}.h5") for s in table.slide_ids],
-        "parents": [_identity(parent / f"{s}.h5") for s in table.slide_ids] if parent else None,
+        "features": [identity_of(features / f"{s}.h5") for s in table.slide_ids],
+        "parents": [identity_of(parent / f"{s}.h5") for s in table.slide_ids] if parent else None,
         "colour": hashlib.sha256(Path(colour).read_bytes()).hexdigest() if colour else None,
     }
-
-
-def _identity(path: Path) -> str | None:
-    """A feature file's recipe; a foreign file has none, and is known by its size and time."""
-    recipe = recipe_of(path)
-    if recipe == "":
-        stat = path.stat()
-        return f"{stat.st_size} bytes, {stat.st_mtime_ns}"
-    return recipe
 
 
 def _no_label(features: Path, table: Labels | Survival) -> list[str]:

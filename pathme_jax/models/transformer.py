@@ -76,6 +76,11 @@ class SelfAttention(nn.Module):
         return nn.Dense(d, kernel_init=fan_in_normal, dtype=self.dtype, name="out")(mixed)
 
 
+def gated_width(width: int, ratio: float) -> int:
+    """Hidden width of SwiGLU beside an MLP of ratio * width: 2/3 of it, in whole eights (DINOv2)."""
+    return -(-int(width * ratio * 2 / 3) // 8) * 8
+
+
 class FeedForward(nn.Module):
     """ "mlp": down(gelu(up(x))), `ratio` d wide. "swiglu" (Shazeer 2020): down(silu(a) b), [a, b] = up(x).
 
@@ -95,7 +100,7 @@ class FeedForward(nn.Module):
         if self.kind == "mlp":
             hidden = nn.gelu(dense(round(d * self.ratio), "up")(x), approximate=False)
         elif self.kind == "swiglu":
-            width = -(-int(d * self.ratio * 2 / 3) // 8) * 8
+            width = gated_width(d, self.ratio)
             gate, hidden = jnp.split(dense(2 * width, "up")(x), 2, -1)
             hidden = nn.silu(gate) * hidden
         else:

@@ -17,7 +17,7 @@ import itertools
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pathme_jax.errors import UserError
-from pathme_jax.files import atomic, full_disk_told
+from pathme_jax.files import atomic, digest, full_disk_told
 
 SPATIAL, PROMPT = 0, 1  # values of `kind`
 _ROWS = 64
@@ -58,6 +58,11 @@ class Bag:
 def magnification(mpp: float) -> float:
     """The objective power that users call this µm/px by: 0.5 is 20x, 2 is 5x, 8 is 1.25x."""
     return 10.0 / mpp
+
+
+def grid_name(mpp: float, recipe: Mapping[str, Any]) -> str:
+    """The folder of all that was made under a recipe: 20x-1a2b3c4d."""
+    return f"{magnification(mpp):g}x-{digest(recipe)}"
 
 
 def folder_name(mpp: float, px: int = 256, overlap: int = 0) -> str:
@@ -342,6 +347,15 @@ def _cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
         bits &= _SIGN_EXPONENT_MANTISSA
         part *= np.float32(2.0**112)
     return out
+
+
+def identity_of(path: str | Path) -> str | None:
+    """A feature file's recipe; a foreign file has none, and is known by its size and time. None if absent."""
+    recipe = recipe_of(path)
+    if recipe == "":
+        stat = Path(path).stat()
+        return f"{stat.st_size} bytes, {stat.st_mtime_ns}"
+    return recipe
 
 
 def recipe_of(path: str | Path) -> str | None:

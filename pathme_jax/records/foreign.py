@@ -24,7 +24,7 @@ import h5py
 import numpy as np
 
 from pathme_jax.errors import UserError
-from pathme_jax.files import digest, listed, write_json
+from pathme_jax.files import listed, write_json
 from pathme_jax.records import features
 from pathme_jax.records.join import Joined, Slide, write
 from pathme_jax.records.regions import SIDE
@@ -123,7 +123,7 @@ def join_folders(
         )
 
     recipe = {"source": "features", "mpp": mpp, "tile_px": px, "field_px": SPAN * px}
-    grid_dir = Path(out) / f"{magnification:g}x-{digest(recipe)}"
+    grid_dir = Path(out) / features.grid_name(mpp, recipe)
     write_json(grid_dir / "recipe.json", recipe)
 
     def read(slide_id: str, name: str) -> features.Bag:

@@ -80,7 +80,7 @@ class Recipe:
 
     @property
     def folder(self) -> str:
-        return f"{features.magnification(self.mpp):g}x-{self.hash8}"
+        return features.grid_name(self.mpp, self.content())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pathme_jax import evaluate
-from pathme_jax.evaluation import baselines
+from pathme_jax.evaluation import frozen
 from pathme_jax.evaluation.protocols import PROTOCOLS
 from pathme_jax.files import read_csv, write_csv
 from pathme_jax.records.features import write_features
@@ -85,7 +85,7 @@ def test_each_protocol_runs_what_it_is_made_of(labelled, protocol, monkeypatch):
     if protocol == "eva":  # 12,500 steps take their time
         short = dataclasses.replace(PROTOCOLS["eva"].linear, steps=200, rate=1e-2, final_rate=1e-2)
         monkeypatch.setitem(PROTOCOLS, "eva", dataclasses.replace(PROTOCOLS["eva"], linear=short))
-    found = baselines.run(
+    found = frozen.run(
         [labelled / "good"],
         labelled / "labels.csv",
         "grade",
@@ -105,7 +105,7 @@ def test_each_protocol_runs_what_it_is_made_of(labelled, protocol, monkeypatch):
 
 def test_tiles_of_a_patient_are_never_on_both_sides(labelled):
     """Without signal, cases are still told apart by their own place: only a leak makes that useful."""
-    found = baselines.run(
+    found = frozen.run(
         [labelled / "noise"],
         labelled / "labels.csv",
         "grade",
@@ -129,11 +129,11 @@ def test_a_probe_that_its_penalty_has_silenced_is_told(tmp_path, capsys):
 
 
 def test_a_second_run_reads_what_the_first_left(labelled, monkeypatch):
-    first = baselines.run(
+    first = frozen.run(
         [labelled / "good"], labelled / "labels.csv", "grade", labelled / "out", draws=20, folds=2
     )
-    monkeypatch.setattr(baselines, "_evaluate", lambda *_: pytest.fail("evaluated again"))
-    again = baselines.run(
+    monkeypatch.setattr(frozen, "_evaluate", lambda *_: pytest.fail("evaluated again"))
+    again = frozen.run(
         [labelled / "good"], labelled / "labels.csv", "grade", labelled / "out", draws=20, folds=2
     )
     assert again == first
@@ -141,7 +141,7 @@ def test_a_second_run_reads_what_the_first_left(labelled, monkeypatch):
 
 def test_a_slide_that_one_set_lacks_is_left_out_of_both_and_named(labelled):
     (labelled / "noise" / "c3s1.h5").unlink()
-    found = baselines.run(
+    found = frozen.run(
         [labelled / "good", labelled / "noise"],
         labelled / "labels.csv",
         "grade",

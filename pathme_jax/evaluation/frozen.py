@@ -29,7 +29,7 @@ from pathme_jax.evaluation.retrieval import macro, retrieve
 from pathme_jax.files import atomic, digest, provenance, read_json, write_csv, write_json
 from pathme_jax.mil import folds as splits
 from pathme_jax.mil.outputs import rounded
-from pathme_jax.records.features import read_features, recipe_of
+from pathme_jax.records.features import identity_of, read_features
 from pathme_jax.records.labels import Labels, read_labels
 
 VERSION = 1  # raise it when results change
@@ -99,7 +99,7 @@ def run(
         "classes": table.classes,
         "folds": table.folds,
         "features": {
-            name: [_identity(folder / f"{slide}.h5") for slide in table.slide_ids]
+            name: [identity_of(folder / f"{slide}.h5") for slide in table.slide_ids]
             for name, folder in zip(names, features, strict=True)
         },
     }
@@ -122,15 +122,6 @@ def _names(features: list[Path]) -> list[str]:
     if len(set(names)) < len(names):
         raise UserError("one feature folder is given twice", "Give different folders to compare")
     return names
-
-
-def _identity(path: Path) -> str | None:
-    """A feature file's recipe; a foreign file has none, and is known by its size and time."""
-    recipe = recipe_of(path)
-    if recipe == "":
-        stat = path.stat()
-        return f"{stat.st_size} bytes, {stat.st_mtime_ns}"
-    return recipe
 
 
 def _evaluate(
