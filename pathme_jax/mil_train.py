@@ -1,4 +1,4 @@
-"""Cross-validates a slide classifier on feature files: `python -m pathme_jax.mil_train --help`."""
+"""Cross-validates slide-level heads on feature files: `python -m pathme_jax.mil_train --help`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ from pathme_jax.mil.settings import Settings
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pathme_jax.mil_train",
-        description="Gated ABMIL, patient-grouped cross-validation, and the controls beside it.",
+        description="Slide-level heads, patient-grouped cross-validation, and the controls beside it.",
     )
     parser.add_argument("--features", type=Path, required=True, help="folder of feature files")
     parser.add_argument("--parent-features", type=Path, help="features at 4 x the mpp, joined on")
     parser.add_argument("--labels", type=Path, required=True, help="CSV case_id,slide_id,<task>")
-    parser.add_argument("--task", required=True, help="label column")
-    parser.add_argument("--out", type=Path, required=True, help="gets <task>/<name>-<hash>/")
+    parser.add_argument(
+        "--task",
+        required=True,
+        help="[kind:]column, several with commas: grade, labels:er+pr, number:hrd, nll:os, cox:os",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="gets <name>-<hash>/<task>/")
+    parser.add_argument("--classes", default="", help="of the task, in order; default: those found")
+    parser.add_argument("--splits", type=Path, help="split files instead of fold columns")
     parser.add_argument("--colour", type=Path, help="CSV slide_id,r,g,b for the mean-colour row")
     parser.add_argument("--name", help="of the bags; default: the feature folder's")
     for field in dataclasses.fields(Settings):
@@ -39,15 +45,17 @@ def main(argv: list[str] | None = None) -> None:
     from pathme_jax.mil.run import run
 
     found = run(parent=arguments.pop("parent_features"), **arguments)
-    measure = "c_index" if arguments["survival"] else "auroc"
-    for row, values in found["rows"].items():
-        label = found["head"] if row == "head" else row
-        print(f"{label:12} {measure} {values[measure]}  95 % interval {values['interval']}")
-    for problem in found["problems"]:
+    for task, content in found.items():
+        for row, values in content["rows"].items():
+            label = content["head"] if row == "head" else row
+            measured = f"{content['measure']} {values[content['measure']]}"
+            print(f"{task}: {label:12} {measured}  95 % interval {values['interval']}")
+        if content["too_few_to_judge"]:
+            print(f"{task}: {content['cases']} cases: too few to judge")
+    content = next(iter(found.values()))
+    for problem in content["problems"]:
         print(f"left out {problem['slide_id']}: {problem['reason']}. {problem['cure']}")
-    if found["too_few_to_judge"]:
-        print(f"{found['cases']} cases: too few to judge")
-    print(found["folder"])
+    print(Path(content["folder"]).parent)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     <workdir>/cohort-<hash8>/             synthetic slides and labels, when no slides are given
     <workdir>/tiles/                      contours, and one grid folder a recipe: fields, features, regions
     <workdir>/runs/<grid>/                training runs: patch-<hash8>, region-<hash8>
-    <workdir>/mil/<grid>/<task>/          cross-validations
+    <workdir>/mil/<grid>/                 cross-validations, a folder for each task and kind of bag
     <workdir>/reports/<grid>/             report.html, metrics.json, timings.json
 
 Another --mpp or seed works in sibling folders, so going back costs nothing.
@@ -242,7 +242,7 @@ def classify(
                 seed=settings.seed,
                 **where,
                 **training,
-            )
+            )[task]
             for bag, where in bags.items()
         }
         for task in tasks

@@ -14,6 +14,7 @@ LAUNCHERS = [
     "data_prep.synthesize", "data_prep.tile", "data_prep.regions", "pathme_jax.train",
     "pathme_jax.extract", "pathme_jax.mil_train", "pathme_jax.demo", "pathme_jax.encoders",
     "pathme_jax.convert", "pathme_jax.export", "pathme_jax.evaluate",
+    "pathme_jax.report", "pathme_jax.bundle", "pathme_jax.predict", "pathme_jax.compare",
 ]  # fmt: skip
 
 

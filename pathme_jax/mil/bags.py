@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from pathme_jax.errors import UserError
-from pathme_jax.files import listed
+from pathme_jax.files import listed, read_csv
+from pathme_jax.mil.table import Table
 from pathme_jax.records.features import SPATIAL, Bag, read_features
-from pathme_jax.records.labels import Labels
-from pathme_jax.records.survival import Survival
 
 APART = 1000  # tiles between the slides of a case, which share no coordinates
 
@@ -31,8 +34,28 @@ class Cohort:
     orphans: int
 
 
-def load(features: Path, labels: Labels | Survival, parents: Path | None = None) -> Cohort:
+@dataclasses.dataclass(frozen=True)
+class OnDisk:
+    """(m, d) features that are read each time an array is made of them."""
+
+    read: Callable[[], np.ndarray]
+    shape: tuple[int, int]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return np.asarray(self.read(), dtype)
+
+
+def load(
+    features: Path, labels: Table, parents: Path | None = None, memory: int | None = None
+) -> Cohort:
     """Reads the feature files of all labelled slides, each instance joined to its parent's feature if asked.
+
+    Args:
+        memory: bytes of features to keep; what comes after them is checked now, and read again when needed.
+            None: all are kept.
 
     Raises:
         UserError: a folder without feature files, no slide left, or features of different widths.
@@ -44,15 +67,17 @@ def load(features: Path, labels: Labels | Survival, parents: Path | None = None)
                 "Give the folder `python -m pathme_jax.extract` wrote",
             )
     cohort = Cohort([], [], 0)
-    for slide_id in labels.slide_ids:
+    kept = 0
+    bar = tqdm(labels.slide_ids, desc="read features", unit="slide", leave=False, disable=None)
+    for slide_id in bar:
         try:
-            slide = _read(features, slide_id)
-            if parents is not None:
-                before = len(slide.features)
-                slide = with_parents(slide, _read(parents, slide_id))
-                cohort.orphans += before - len(slide.features)
-            if not len(slide.features):
-                raise UserError("no instances", "The slide has no usable tissue: nothing to do")
+            slide, orphans = _slide(features, parents, slide_id)
+            cohort.orphans += orphans
+            kept += slide.features.nbytes
+            if memory is not None and kept > memory:
+                read = functools.partial(_features_of, features, parents, slide_id)
+                stored: Any = OnDisk(read, slide.features.shape)
+                slide = dataclasses.replace(slide, features=stored)
             cohort.slides.append(slide)
         except UserError as error:
             cohort.problems.append(
@@ -67,6 +92,22 @@ def load(features: Path, labels: Labels | Survival, parents: Path | None = None)
         )
     _one_width(cohort.slides)
     return cohort
+
+
+def _slide(features: Path, parents: Path | None, slide_id: str) -> tuple[Bag, int]:
+    """One slide's instances, and how many were dropped for want of a parent."""
+    slide, orphans = _read(features, slide_id), 0
+    if parents is not None:
+        before = len(slide.features)
+        slide = with_parents(slide, _read(parents, slide_id))
+        orphans = before - len(slide.features)
+    if not len(slide.features):
+        raise UserError("no instances", "The slide has no usable tissue: nothing to do")
+    return slide, orphans
+
+
+def _features_of(features: Path, parents: Path | None, slide_id: str) -> np.ndarray:
+    return _slide(features, parents, slide_id)[0].features
 
 
 def _read(folder: Path, slide_id: str) -> Bag:
@@ -122,12 +163,10 @@ class MilBag:
     """A slide, or all slides of a case.
 
     Attributes:
-        label: index of its class.
         row: of its first slide in the label table.
     """
 
     case_id: str
-    label: int
     row: int
     slides: list[Bag]
 
@@ -136,9 +175,13 @@ class MilBag:
         return ";".join(slide.slide_id for slide in self.slides)
 
     @property
-    def features(self) -> np.ndarray:
+    def features(self) -> np.ndarray | OnDisk:
         """(m, d)"""
-        return np.concatenate([slide.features for slide in self.slides])
+        if len(self.slides) == 1:
+            return self.slides[0].features
+        parts = [slide.features for slide in self.slides]
+        shape = (sum(map(len, parts)), parts[0].shape[1])
+        return OnDisk(lambda: np.concatenate([np.asarray(part) for part in parts]), shape)
 
     @property
     def cells(self) -> np.ndarray:
@@ -154,12 +197,29 @@ class MilBag:
         return np.concatenate(grids)
 
 
-def make_bags(slides: list[Bag], labels: Labels, by: str) -> list[MilBag]:
+def make_bags(slides: list[Bag], table: Table, by: str) -> list[MilBag]:
     """One bag per slide, or one per case where `by` is "case"."""
+    row_of = {slide_id: row for row, slide_id in enumerate(table.slide_ids)}
     bags: dict[str, MilBag] = {}
     for slide in slides:
-        row = labels.slide_ids.index(slide.slide_id)
-        case = labels.case_ids[row]
+        row = row_of[slide.slide_id]
+        case = table.case_ids[row]
         key = case if by == "case" else slide.slide_id
-        bags.setdefault(key, MilBag(case, int(labels.labels[row]), row, [])).slides.append(slide)
+        bags.setdefault(key, MilBag(case, row, [])).slides.append(slide)
     return list(bags.values())
+
+
+def read_colour(path: Path, bags: list[MilBag]) -> np.ndarray:
+    """(n, 3) mean colour of each bag, from a CSV `slide_id,r,g,b`.
+
+    Raises:
+        UserError: a slide is not in it, or a value is not a number.
+    """
+    try:
+        rows = {row["slide_id"]: [float(row[c]) for c in "rgb"] for row in read_csv(path)}
+        return np.array([np.mean([rows[s.slide_id] for s in bag.slides], axis=0) for bag in bags])
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path}: no mean colour ({error!r})",
+            "Expected a CSV slide_id,r,g,b with a row for every labelled slide",
+        ) from error

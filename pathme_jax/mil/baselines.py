@@ -1,50 +1,24 @@
-"""What a bag classifier must beat: logistic regression on one vector per slide, in the same folds."""
+"""What a bag classifier must beat: a linear model of one vector per slide, in the same folds."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from pathme_jax.errors import UserError
-from pathme_jax.files import read_csv
-from pathme_jax.mil.bags import MilBag
-
 
 def logistic(
-    vectors: np.ndarray, labels: np.ndarray, weights: np.ndarray, classes: int, pairs: np.ndarray
+    x: np.ndarray, train: np.ndarray, labels: np.ndarray, weights: np.ndarray, classes: int
 ) -> np.ndarray:
-    """(q, c) class probabilities of q pairs of member and bag.
-
-    Args:
-        vectors: (n, d) one per bag, standardised here by each member's training part.
-        labels, weights: (p, n) of each member; it trains where its weights are above zero.
-        pairs: (q, 2) member and bag.
-    """
-    scores = np.zeros((len(pairs), classes))
-    for member in np.unique(pairs[:, 0]):
-        train = weights[member] > 0
-        mean, std = vectors[train].mean(0), vectors[train].std(0)
-        x = (vectors - mean) / np.where(std > 1e-8, std, 1)
-        model = LogisticRegression(max_iter=1000)
-        model.fit(x[train], labels[member, train], sample_weight=weights[member, train])
-        mine = np.flatnonzero(pairs[:, 0] == member)
-        scores[np.ix_(mine, model.classes_)] = model.predict_proba(x[pairs[mine, 1]])
+    """(n, c) class probabilities of all rows of x (n, d), from those of `train` (n,) bool and their k labels and
+    weights; zero for a class that is not among them."""
+    model = LogisticRegression(max_iter=1000)
+    model.fit(x[train], labels, sample_weight=weights)
+    scores = np.zeros((len(x), classes))
+    scores[:, model.classes_] = model.predict_proba(x)
     return scores
 
 
-def read_colour(path: Path, bags: list[MilBag]) -> np.ndarray:
-    """(n, 3) mean colour of each bag, from a CSV `slide_id,r,g,b`.
-
-    Raises:
-        UserError: a slide is not in it, or a value is not a number.
-    """
-    try:
-        rows = {row["slide_id"]: [float(row[c]) for c in "rgb"] for row in read_csv(path)}
-        return np.array([np.mean([rows[s.slide_id] for s in bag.slides], axis=0) for bag in bags])
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path}: no mean colour ({error!r})",
-            "Expected a CSV slide_id,r,g,b with a row for every labelled slide",
-        ) from error
+def standardised(vectors: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """(n, d) by mean and deviation of the rows of `train`."""
+    mean, std = vectors[train].mean(0), vectors[train].std(0)
+    return (vectors - mean) / np.where(std > 1e-8, std, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,60 +16,79 @@ SIZES = 16  # each is one more compilation
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """Bags of one padded size.
+    """Bags of one padded size, read when they are asked for: they may lie in memory or on disk.
 
     Attributes:
         index: (b,) which bags.
-        features: (b, m, d) float32, zero where padded.
-        mask: (b, m) bool, True where there is an instance.
-        cells: (b, m, 2) int32 row and column of each instance; zero where unknown.
+        size: m, instances they are padded to.
+        lengths: (b,) instances they have.
+        width: d.
+        read: row of the bucket to features (n, d) and cells (n, 2), or None where unknown.
     """
 
     index: np.ndarray
-    features: np.ndarray
-    mask: np.ndarray
-    cells: np.ndarray
+    size: int
+    lengths: np.ndarray
+    width: int
+    read: Callable[[int], tuple[np.ndarray, np.ndarray | None]]
 
-    def arrays(self) -> Bag:
-        """All its bags, stacked."""
-        stacked: Any = (self.features, self.mask, self.cells)  # NumPy's, until they are on a device
+    @property
+    def bag_bytes(self) -> int:
+        """Of one padded bag's features."""
+        return 4 * self.size * self.width
+
+    def arrays(self, rows: Sequence[int] | np.ndarray | None = None) -> Bag:
+        """Bags stacked, all or those of `rows`: features (b, m, d) float32 and zero where padded, mask (b, m),
+        cells (b, m, 2) int32, row and column of each instance, zero where unknown."""
+        wanted = range(len(self.index)) if rows is None else np.asarray(rows).tolist()
+        features = np.zeros((len(wanted), self.size, self.width), np.float32)
+        cells = np.zeros((len(wanted), self.size, 2), np.int32)
+        read: dict[int, int] = {}
+        for at, row in enumerate(wanted):
+            if row in read:  # rows that fill up a run are its first bag again
+                features[at], cells[at] = features[read[row]], cells[read[row]]
+                continue
+            read[row] = at
+            own, where = self.read(row)
+            features[at, : len(own)] = own
+            if where is not None:
+                cells[at, : len(own)] = where
+        mask = np.arange(self.size) < self.lengths[np.asarray(wanted, int)][:, None]
+        stacked: Any = (features, mask, cells)  # NumPy's, until they are on a device
         return Bag(*stacked)
 
 
 def pack(
-    features: Sequence[np.ndarray],
+    features: Sequence[Any],
     cells: Sequence[np.ndarray | None] | None = None,
     *,
     most: int | None = None,
     seed: int = 0,
+    multiple: int = 1,
 ) -> list[Bucket]:
-    """Pads bags of (m, d) features to at most SIZES sizes.
+    """Plans bags of (m, d) features padded to at most SIZES sizes.
 
     Args:
+        features: arrays, or what turns into one by `np.asarray` and has its `shape`, such as `bags.OnDisk`.
         cells: (m, 2) of each bag, or None where unknown.
         most: instances a bag keeps, drawn at random, the same in every run; None: all.
+        multiple: what sizes are multiples of: the devices the instances of a bag are spread over.
     """
     cells = cells or [None] * len(features)
-    kept = [_sample(len(bag), most, [seed, 3, i]) for i, bag in enumerate(features)]
+    kept = [_sample(bag.shape[0], most, [seed, 3, i]) for i, bag in enumerate(features)]
     lengths = np.array([len(rows) for rows in kept])
     size = padded_sizes(lengths)
+    size = -(-size // multiple) * multiple
     buckets = []
     for m in np.unique(size).tolist():
         index = np.flatnonzero(size == m)
-        bucket = Bucket(
-            index,
-            np.zeros((len(index), m, features[0].shape[1]), np.float32),
-            np.zeros((len(index), m), bool),
-            np.zeros((len(index), m, 2), np.int32),
-        )
-        for row, i in enumerate(index.tolist()):
-            n = lengths[i]
-            bucket.features[row, :n] = features[i][kept[i]]
-            bucket.mask[row, :n] = True
+
+        def read(row: int, index: np.ndarray = index) -> tuple[np.ndarray, np.ndarray | None]:
+            i = int(index[row])
             at = cells[i]
-            if at is not None:
-                bucket.cells[row, :n] = at[kept[i]]
-        buckets.append(bucket)
+            return np.asarray(features[i])[kept[i]], None if at is None else at[kept[i]]
+
+        buckets.append(Bucket(index, m, lengths[index], features[0].shape[1], read))
     return buckets
 
 
@@ -104,4 +123,5 @@ def _padded(own: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
 
 def waste(buckets: Sequence[Bucket]) -> float:
     """Padded instances over real ones."""
-    return sum(b.mask.size for b in buckets) / max(sum(int(b.mask.sum()) for b in buckets), 1)
+    real = sum(int(b.lengths.sum()) for b in buckets)
+    return sum(b.size * len(b.index) for b in buckets) / max(real, 1)

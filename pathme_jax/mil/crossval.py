@@ -3,119 +3,144 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pathme_jax.evaluation.classification import OutOfFold, measures
-from pathme_jax.mil import baselines, buckets, folds, population
-from pathme_jax.mil.bags import Cohort, MilBag, make_bags
+from pathme_jax.errors import UserError
+from pathme_jax.files import write_json
+from pathme_jax.mil import baselines, buckets, folds, population, saved
+from pathme_jax.mil.bags import Cohort, MilBag, make_bags, read_colour
 from pathme_jax.mil.heads import make
-from pathme_jax.mil.outputs import (
-    rounded,
-    write_attention,
-    write_cases,
-    write_history,
-    write_predictions,
-)
+from pathme_jax.mil.outcomes import Found, Outcome
+from pathme_jax.mil.outputs import rounded, write_attention, write_history, write_scores
 from pathme_jax.mil.settings import Settings
-from pathme_jax.mil.tasks import Task, Tasks
-from pathme_jax.records.labels import Labels
+from pathme_jax.mil.table import Table
 
 FEW_CASES = 20
+RISK_SET = 8  # bags a step, at least, where the step's bags are the risk set
+Scores = dict[
+    str, tuple[np.ndarray, np.ndarray]
+]  # row of the table to pairs (q, 2) and scores (q, c)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Who is trained and tested on what.
+    """Who is trained and tested on what: p rows, those of the folds with the true labels first, then those of each
+    control, whose truth was dealt to other patients.
 
     Attributes:
-        parts, labels, weights: (p, n) of the folds with the true labels, then those of each control.
-        folds: of each of these. skipped: folds that were left out, with the reason.
+        parts: (p, n). truth: of each task (p, n, w). weights: (p, n, tasks). folds: rows of the true labels and of
+            each control. skipped: folds that were left out, with the reason.
     """
 
     parts: np.ndarray
-    labels: np.ndarray
+    truth: list[np.ndarray]
     weights: np.ndarray
     folds: int
     skipped: list[str]
 
 
-def _plan(bags: list[MilBag], table: Labels, settings: Settings) -> Plan:
-    cases = [bag.case_id for bag in bags]
-    true = np.array([bag.label for bag in bags])
-    skipped: list[str] = []
-    if table.folds:
-        parts, skipped = folds.given(table, [bag.row for bag in bags], true)
-    else:
-        parts = folds.stratified(cases, true, table.classes, settings.folds, settings.seed)
+def make_plan(bags: list[MilBag], table: Table, settings: Settings) -> Plan:
+    """Folds by patient, stratified by the first task; the user's own where the table has some."""
+    cases, rows = [bag.case_id for bag in bags], [bag.row for bag in bags]
+    true = [truth[rows] for truth in table.truth]
+
+    def split(truth: list[np.ndarray]) -> tuple[np.ndarray, list[str]]:
+        strata, names = table.outcomes[0].strata(truth[0])
+        if table.folds:
+            return folds.given(table, rows, strata)
+        return folds.stratified(cases, strata, names, settings.folds, settings.seed), []
+
+    parts, skipped = split(true)
     each = [(part, true) for part in parts]
     for i in range(settings.shuffles):
-        labels = permuted(cases, true, [settings.seed, 7, i])
-        if not table.folds:  # as balanced as the true ones are
-            parts = folds.stratified(cases, labels, table.classes, settings.folds, settings.seed)
-        each += [(part, labels) for part in parts]
+        other = permuted(cases, true, [settings.seed, 7, i])
+        # As balanced as the true ones are, unless the folds are the user's.
+        each += [(part, other) for part in (parts if table.folds else split(other)[0])]
     return Plan(
         np.array([part for part, _ in each]),
-        np.array([labels for _, labels in each]),
-        np.array([bag_weights(*one, cases) for one in each]),
-        len(each) // (1 + settings.shuffles),
+        [np.array([truth[t] for _, truth in each]) for t in range(len(true))],
+        np.array([_weights(table.outcomes, part, truth, cases) for part, truth in each]),
+        len(parts),
         skipped,
     )
 
 
-def bag_weights(parts: np.ndarray, labels: np.ndarray, cases: list[str]) -> np.ndarray:
-    """(n,) weights of one member's bags: 0 off the training part, else every class weighs the same in sum, and
-    every case of a class, however many slides it has; their mean over the training bags is 1."""
-    weights = np.zeros(len(cases))
-    for label in np.unique(labels[parts == folds.TRAIN]):
-        mine = case_weights(np.where(labels == label, parts, folds.UNUSED), cases)
-        weights += mine / mine.sum()
-    return weights * (parts == folds.TRAIN).sum() / max(weights.sum(), 1e-12)
+def _weights(
+    outcomes: Sequence[Outcome], part: np.ndarray, truth: list[np.ndarray], cases: list[str]
+) -> np.ndarray:
+    """(n, tasks)"""
+    groups = [outcome.balance(of) for outcome, of in zip(outcomes, truth, strict=True)]
+    return np.stack([bag_weights(part, group, cases) for group in groups], 1)
 
 
-def case_weights(parts: np.ndarray, cases: list[str]) -> np.ndarray:
-    """(n,) weights of one member's bags: 0 off the training part, else every case weighs the same in sum; their
-    mean over the training bags is 1."""
-    train = parts == folds.TRAIN
+def bag_weights(part: np.ndarray, groups: np.ndarray, cases: list[str]) -> np.ndarray:
+    """(n,) weights of one member's bags: 0 off the training part and where the group is NaN, else every group
+    weighs the same in sum, and every case of a group, however many slides it has; their mean over the training bags
+    with a group is 1."""
+    train = (part == folds.TRAIN) & ~np.isnan(groups)
     _, unit = np.unique(cases, return_inverse=True)
-    slides = np.bincount(unit, train)[unit]
-    weights = np.where(train, 1 / np.maximum(slides, 1), 0)
+    weights = np.zeros(len(cases))
+    for group in np.unique(groups[train]):
+        mine = train & (groups == group)
+        slides = np.bincount(unit, mine)[unit]
+        own = np.where(mine, 1 / np.maximum(slides, 1), 0)
+        weights += own / own.sum()
     return weights * train.sum() / max(weights.sum(), 1e-12)
 
 
+def permuted(cases: list[str], truth: list[np.ndarray], seed: list[int]) -> list[np.ndarray]:
+    """The truth of the cases, dealt to other cases; all bags of a case, and all tasks, go together."""
+    _, first, unit = np.unique(cases, return_index=True, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(first))
+    return [values[first][order][unit] for values in truth]
+
+
 def fit_plan(
-    bags: list[MilBag],
-    tasks: Tasks,
-    parts: np.ndarray,
-    targets: np.ndarray,
-    weights: np.ndarray,
-    settings: Settings,
-    name: str,
+    bags: list[MilBag], table: Table, plan: Plan, settings: Settings, name: str
 ) -> tuple[population.Population, list[buckets.Bucket]]:
-    """Each of the p rows of parts (p, n), targets (p, n, t) and weights (p, n) as `settings.seeds` members, side
-    by side; and the bags, whole."""
+    """Each of the p rows of the plan as `settings.seeds` members, side by side; and the bags, whole."""
     features, cells = [bag.features for bag in bags], [bag.cells for bag in bags]
-    each = np.repeat(np.arange(len(parts)), settings.seeds)
+    p = len(plan.parts)
+    targets = [
+        np.array([outcome.targets(plan.parts[i], truth[i]) for i in range(p)])
+        for outcome, truth in zip(table.outcomes, plan.truth, strict=True)
+    ]
+    each = np.repeat(np.arange(p), settings.seeds)
     members = population.Members(
-        parts=parts[each],
-        targets=targets[each].astype(np.float32),
-        weights=weights[each],
+        parts=plan.parts[each],
+        targets=np.concatenate(targets, -1)[each],
+        weights=plan.weights[each],
         seeds=settings.seed + np.arange(len(each)) % settings.seeds,
         rates=np.full(len(each), settings.learning_rate),
         decays=np.full(len(each), settings.weight_decay),
     )
-    sizes = {key: getattr(settings, key) for key in ("hidden", "attention", "dropout")}
-    head = make(settings.head, tasks.outputs, sizes, settings.options)
+    head = make(settings.head, table.tasks.outputs, head_sizes(settings), settings.options)
     schedule = population.Schedule(
         settings.epochs, settings.batch, settings.patience, settings.seed
     )
-    most = settings.max_instances
-    training = buckets.pack(features, cells, most=most, seed=settings.seed)
-    fitted = population.fit(head, tasks, training, members, schedule, name=name)
-    cut = any(len(bag) > most for bag in features)
+    most, spread = settings.max_instances or None, settings.bag_devices
+    training = buckets.pack(features, cells, most=most, seed=settings.seed, multiple=spread)
+    resident = int(settings.device_gb * 2**30) or None
+    fitted = population.fit(
+        head,
+        table.tasks,
+        training,
+        members,
+        schedule,
+        resident=resident,
+        instances=spread,
+        name=name,
+    )
+    cut = most is not None and any(bag.shape[0] > most for bag in features)
     return fitted, buckets.pack(features, cells) if cut else training
+
+
+def head_sizes(settings: Settings) -> dict[str, Any]:
+    return {key: getattr(settings, key) for key in ("hidden", "attention", "dropout")}
 
 
 def answers(
@@ -123,98 +148,172 @@ def answers(
     packed: list[buckets.Bucket],
     tested: np.ndarray,
     seeds: int,
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """(q, c) scores and q attention vectors of pairs of plan row and bag, averaged over seeds."""
-    scores: Any = 0
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Of each task (q, c) scores, and q attention vectors, of pairs of plan row and bag, averaged over seeds."""
+    scores: list[Any] = [0] * len(fitted.tasks.each)
     attention: list[Any] = [0] * len(tested)
     for seed in range(seeds):
         pairs = tested * [seeds, 1] + [seed, 0]
         logits, rows = population.predict(fitted, packed, pairs)
-        found = fitted.tasks.each[0].predict(logits)
-        scores = scores + found / seeds
+        for t, own in enumerate(fitted.tasks.logits_of(logits)):
+            scores[t] = scores[t] + fitted.tasks.each[t].predict(own) / seeds
         for i, each in enumerate(rows):
-            # A row a class: that of the class it says. Else the heads' mean.
-            own = each[found[i].argmax()] if len(each) == found.shape[1] else each.mean(0)
-            attention[i] = attention[i] + own / seeds
+            attention[i] = attention[i] + shown_attention(fitted, each, logits[i]) / seeds
     return scores, attention
 
 
-def permuted(cases: list[str], values: np.ndarray, seed: list[int]) -> np.ndarray:
-    """(n, …) the values of the cases, dealt to other cases; all bags of a case share one."""
-    _, first, unit = np.unique(cases, return_index=True, return_inverse=True)
-    return np.random.default_rng(seed).permutation(values[first])[unit]
+def shown_attention(
+    fitted: population.Population, rows: np.ndarray, logits: np.ndarray
+) -> np.ndarray:
+    """(a, m) to (m,): the row of the class it says, where the head has one for each logit; else the rows' mean."""
+    first = fitted.tasks.classes
+    if getattr(fitted.head, "per_class", False) and first is not None:
+        before = sum(task.outputs for task in fitted.tasks.each[:first])
+        return rows[before + int(fitted.tasks.logits_of(logits)[first].argmax())]
+    return rows.mean(0)
 
 
 def evaluate(
-    folder: Path, cohort: Cohort, table: Labels, settings: Settings, colour: Path | None, name: str
-) -> dict[str, Any]:
-    """Trains, predicts out of fold, writes everything but metrics.json, and returns that."""
+    folder: Path,
+    cohort: Cohort,
+    table: Table,
+    settings: Settings,
+    colour: Path | None,
+    about: dict[str, Any],
+    made_of: dict[str, Any],
+) -> None:
+    """Trains, predicts out of fold, and writes all of a run's files but run.json.
+
+    Args:
+        about: what else metrics.json shall say; `name` is told while training.
+        made_of: what the features are, see `saved.features_of`.
+
+    Raises:
+        UserError: settings that a task cannot use; see `make_plan`.
+    """
+    _check(table, settings)
     bags = make_bags(cohort.slides, table, settings.bag)
-    rgb = baselines.read_colour(colour, bags) if colour else None
-    plan = _plan(bags, table, settings)
+    rgb = read_colour(colour, bags) if colour else None
+    plan = make_plan(bags, table, settings)
     k = plan.folds
-    tasks = Tasks((Task(table.task, "classes", tuple(table.classes)),))
-    targets = plan.labels[..., None]
-    fitted, packed = fit_plan(bags, tasks, plan.parts, targets, plan.weights, settings, name)
-    tested = np.argwhere(plan.parts == folds.TEST)  # pairs of member and bag, true labels first
+    fitted, packed = fit_plan(bags, table, plan, settings, about["name"])
+    tested = np.argwhere(plan.parts == folds.TEST)  # pairs of plan row and bag, true labels first
     scores, attention = answers(fitted, packed, tested, settings.seeds)
-    real = int((tested[:, 0] < k).sum())
-    features = [bag.features for bag in bags]
-    means = np.array([each.mean(0) for each in features])
-
-    def logistic(vectors: np.ndarray) -> np.ndarray:
-        classes, pairs = len(table.classes), tested[:real]
-        return baselines.logistic(vectors, plan.labels, plan.weights, classes, pairs)
-
-    found = {"head": scores[:real], "mean_pool": logistic(means)}
-    if rgb is not None:
-        found["mean_colour"] = logistic(rgb)
-    rows = {row: _by_case(tested[:real], each, plan.labels, bags) for row, each in found.items()}
-    if settings.shuffles:
-        rows["shuffled"] = _by_case(tested[real:], scores[real:], plan.labels, bags)
-
-    write_predictions(folder, bags, table.classes, tested[:real], scores[:real])
-    write_cases(folder, table.classes, rows["head"])
+    means = np.array([np.asarray(bag.features).mean(0) for bag in bags])
+    real = tested[:, 0] < k
+    scales: dict[str, list[Any]] = {}
+    for t, outcome in enumerate(table.outcomes):
+        truth = plan.truth[t]
+        scale = np.array([outcome.scale(plan.parts[i], truth[i]) for i in range(len(truth))])
+        scales[outcome.task.name] = scale[:k].tolist()
+        said = scores[t] * scale[tested[:, 0], :1] + scale[tested[:, 0], 1:]
+        found: Scores = {
+            "head": (tested[real], said[real]),
+            "mean_pool": (tested[real], _linear(outcome, means, plan, t, tested[real])),
+        }
+        if rgb is not None:
+            found["mean_colour"] = (tested[real], _linear(outcome, rgb, plan, t, tested[real]))
+        if settings.shuffles:
+            found["shuffled"] = (tested[~real], said[~real])
+        rows = {row: by_case(pairs, of, truth, bags).known() for row, (pairs, of) in found.items()}
+        write_scores(folder / outcome.task.name, outcome, bags, *found["head"], truth, rows["head"])
+        found_of = _metrics(outcome, rows, cohort, table, bags, plan, packed, settings)
+        write_json(folder / outcome.task.name / "metrics.json", found_of | about)
     write_history(folder, fitted.history[: k * settings.seeds : settings.seeds])
-    write_attention(folder, bags, tested[:real], attention[:real])
-    label_of = {bag.case_id: bag.label for bag in bags}
-    metrics = {
-        "task": table.task,
-        "classes": table.classes,
-        "cases": len(label_of),
-        "cases_per_class": {
-            name: list(label_of.values()).count(i) for i, name in enumerate(table.classes)
-        },
-        "slides": len(cohort.slides),
-        "instances": sum(map(len, features)),
-        "width": means.shape[1],
-        "bag": settings.bag,
-        "head": settings.head,
-        "padding": buckets.waste(packed),
-        "folds": k,
-        "fold_source": ", ".join(table.folds) or "stratified by case",
-        "folds_left_out": plan.skipped,
-        "too_few_to_judge": len(label_of) < FEW_CASES,
-        "rows": {row: measures(each, settings.seed) for row, each in rows.items()},
-        "orphans": cohort.orphans,
-        "problems": cohort.problems,
-        "blank_label": table.unlabelled,
-    }
-    return rounded(metrics)
+    own = [each for each, is_real in zip(attention, real, strict=True) if is_real]
+    write_attention(folder, bags, tested[real], own)
+    saved.save(
+        folder / "heads",
+        fitted.take(np.arange(k * settings.seeds)),
+        head=settings.head,
+        options=settings.options,
+        sizes=head_sizes(settings),
+        tasks=table.tasks,
+        folds=k,
+        seeds=settings.seeds,
+        features=made_of,
+        scales=scales,
+    )
 
 
-def _by_case(
-    pairs: np.ndarray, scores: np.ndarray, of_member: np.ndarray, bags: list[MilBag]
-) -> OutOfFold:
-    """Averages the scores of a case's bags, per member."""
-    keys = [(member, bags[bag].case_id) for member, bag in pairs.tolist()]
-    found = sorted(set(keys))
-    row = np.array([found.index(key) for key in keys])
-    labels = np.zeros(len(found), int)
-    labels[row] = of_member[pairs[:, 0], pairs[:, 1]]
-    return OutOfFold(
-        scores=np.array([scores[row == i].mean(0) for i in range(len(found))]),
-        labels=labels,
-        folds=np.array([member for member, _ in found]),
+def _check(table: Table, settings: Settings) -> None:
+    kinds = [task.kind for task in table.tasks.each]
+    if "cox" in kinds and settings.batch < RISK_SET:
+        raise UserError(
+            f"--batch {settings.batch} with a cox task, whose risk set is the bags of a step",
+            f"Give --batch {RISK_SET} or more, or nll:… instead of cox:…",
+        )
+
+
+def _linear(
+    outcome: Outcome, vectors: np.ndarray, plan: Plan, task: int, pairs: np.ndarray
+) -> np.ndarray:
+    """(q, c) scores of pairs of plan row and bag by a linear model of one vector a bag (n, d)."""
+    scores: Any = None
+    for row in np.unique(pairs[:, 0]):
+        weights = plan.weights[row, :, task]
+        x = baselines.standardised(vectors, weights > 0)
+        said = outcome.baseline(x, plan.parts[row], plan.truth[task][row], weights)
+        scores = np.zeros((len(pairs), said.shape[1])) if scores is None else scores
+        mine = pairs[:, 0] == row
+        scores[mine] = said[pairs[mine, 1]]
+    return scores
+
+
+def by_case(pairs: np.ndarray, scores: np.ndarray, truth: np.ndarray, bags: list[MilBag]) -> Found:
+    """Averages the scores of a case's bags, per plan row; truth (p, n, w)."""
+    keys = [(row, bags[bag].case_id) for row, bag in pairs.tolist()]
+    found = {key: i for i, key in enumerate(sorted(set(keys)))}
+    at = np.array([found[key] for key in keys])
+    of = np.full((len(found), truth.shape[2]), np.nan)
+    of[at] = truth[pairs[:, 0], pairs[:, 1]]
+    total = np.zeros((len(found), scores.shape[1]))
+    np.add.at(total, at, scores)
+    return Found(
+        scores=total / np.bincount(at)[:, None],
+        truth=of,
+        folds=np.array([row for row, _ in found]),
         cases=np.array([case for _, case in found]),
+    )
+
+
+def _metrics(
+    outcome: Outcome,
+    rows: dict[str, Found],
+    cohort: Cohort,
+    table: Table,
+    bags: list[MilBag],
+    plan: Plan,
+    packed: list[buckets.Bucket],
+    settings: Settings,
+) -> dict[str, Any]:
+    """The content of a task's metrics.json."""
+    task = outcome.task
+    truth = table.truth[[each.task for each in table.outcomes].index(task)]
+    rows_of = {bag.case_id: bag.row for bag in bags if not np.isnan(truth[bag.row]).all()}
+    cases = truth[list(rows_of.values())]
+    return rounded(
+        {
+            "task": task.name,
+            "kind": task.kind,
+            "measure": outcome.measure,
+            "classes": list(task.names),
+            "cases": len(cases),
+            **outcome.summary(cases),
+            "slides": len(cohort.slides),
+            "instances": sum(bag.features.shape[0] for bag in bags),
+            "width": bags[0].features.shape[1],
+            "bag": settings.bag,
+            "head": settings.head,
+            "padding": buckets.waste(packed),
+            "folds": plan.folds,
+            "fold_source": ", ".join(table.folds) or "stratified by case",
+            "folds_left_out": plan.skipped,
+            "too_few_to_judge": outcome.evidence(cases) < FEW_CASES,
+            "rows": {row: outcome.measures(each, settings.seed) for row, each in rows.items()},
+            "read": table.notes,
+            "orphans": cohort.orphans,
+            "problems": cohort.problems,
+            "blank_label": table.unlabelled,
+        }
     )

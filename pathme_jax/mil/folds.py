@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 from pathme_jax.errors import UserError
-from pathme_jax.records.labels import Labels
 
 UNUSED, TRAIN, VALIDATION, TEST = 0, 1, 2, 3
 _CODES = {"": UNUSED, "train": TRAIN, "val": VALIDATION, "test": TEST}
@@ -20,11 +21,14 @@ def stratified(
     The cases of a class are dealt to the folds in a random order, each class going on where the one before
     stopped: a class, and the whole, differ by at most one case between folds. f is `folds`, or the number of
     cases of the smallest class if that is less. Where every class has `VALIDATE_FROM` training cases, a fifth
-    of a fold's training cases becomes its validation part.
+    of a fold's training cases becomes its validation part. Cases whose label is unknown, -1, are dealt with the
+    largest class.
 
     Raises:
         UserError: fewer than two classes, or a class with one case.
     """
+    known = labels[labels >= 0]
+    labels = np.where(labels >= 0, labels, np.bincount(known).argmax() if len(known) else 0)
     label_of = dict(sorted(zip(cases, labels.tolist(), strict=True)))
     counts = {name: list(label_of.values()).count(i) for i, name in enumerate(classes)}
     present = {name: count for name, count in counts.items() if count}
@@ -62,12 +66,21 @@ def _deal(label_of: dict[str, int], k: int, rng: np.random.Generator) -> dict[st
     return {case: turn % k for turn, case in enumerate(order)}
 
 
-def given(table: Labels, rows: list[int], labels: np.ndarray) -> tuple[np.ndarray, list[str]]:
+class Parts(Protocol):
+    """A label table with the user's folds: name → (n,) "train", "val", "test" or ""; see `mil.table.Table`."""
+
+    @property
+    def case_ids(self) -> list[str]: ...
+    @property
+    def folds(self) -> dict[str, list[str]]: ...
+
+
+def given(table: Parts, rows: list[int], labels: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """(f, n) parts from the user's fold columns, and the folds left out, with the reason.
 
     Args:
         rows: (n,) row of each bag in the table.
-        labels: (n,) class of each bag.
+        labels: (n,) class of each bag, -1 where unknown.
 
     Raises:
         UserError: a case is on two sides of one fold, or no fold can be used.
@@ -85,7 +98,7 @@ def given(table: Labels, rows: list[int], labels: np.ndarray) -> tuple[np.ndarra
         part = np.array([_CODES[values[row]] for row in rows], np.int8)
         if not (part == TEST).any():
             skipped.append(f"{name}: no slide with features is tested")
-        elif len(np.unique(labels[part == TRAIN])) < 2:
+        elif len(np.unique(labels[(part == TRAIN) & (labels >= 0)])) < 2:
             skipped.append(f"{name}: fewer than two classes to train on")
         else:
             parts.append(part)

@@ -8,9 +8,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from pathme_jax.evaluation.classification import OutOfFold
 from pathme_jax.files import write_csv
 from pathme_jax.mil.bags import MilBag
+from pathme_jax.mil.outcomes import Found, Outcome
 
 
 def rounded(content: Any) -> Any:
@@ -24,33 +24,36 @@ def rounded(content: Any) -> Any:
     return content
 
 
-def write_predictions(
-    folder: Path, bags: list[MilBag], classes: list[str], pairs: np.ndarray, scores: np.ndarray
+def write_scores(
+    folder: Path,
+    outcome: Outcome,
+    bags: list[MilBag],
+    pairs: np.ndarray,
+    scores: np.ndarray,
+    truth: np.ndarray,
+    cases: Found,
 ) -> None:
-    """predictions.csv: one row per bag and fold that tested it; pairs (q, 2) of fold and bag."""
+    """predictions.csv and cases.csv: one row per bag, and per case, and fold that tested it.
+
+    Args:
+        pairs: (q, 2) fold and bag. scores: (q, c). truth: (folds, bags, w); what is unknown is not written.
+        cases: the same by case.
+    """
+    folder.mkdir(parents=True)
     rows = [
-        {"case_id": bags[b].case_id, "slide_id": bags[b].slide_id, "fold": fold}
-        | {"label": classes[bags[b].label], **_scores(classes, score)}
-        for (fold, b), score in zip(pairs.tolist(), scores, strict=True)
+        {"case_id": bags[bag].case_id, "slide_id": bags[bag].slide_id, "fold": fold}
+        | rounded(outcome.columns(truth[fold, bag], said))
+        for (fold, bag), said in zip(pairs.tolist(), scores, strict=True)
+        if not np.isnan(truth[fold, bag]).all()
     ]
-    columns = ["case_id", "slide_id", "fold", "label", *_scores(classes, scores[0])]
-    write_csv(folder / "predictions.csv", rows, columns)
-
-
-def write_cases(folder: Path, classes: list[str], found: OutOfFold) -> None:
-    """cases.csv: one row per case and fold that tested it."""
+    write_csv(folder / "predictions.csv", rows, list(rows[0]))
     rows = [
-        {"case_id": case, "fold": fold, "label": classes[label], **_scores(classes, score)}
-        for score, label, fold, case in zip(
-            found.scores, found.labels, found.folds, found.cases, strict=True
+        {"case_id": case, "fold": fold} | rounded(outcome.columns(of, said))
+        for case, fold, of, said in zip(
+            cases.cases, cases.folds.tolist(), cases.truth, cases.scores, strict=True
         )
     ]
-    columns = ["case_id", "fold", "label", *_scores(classes, found.scores[0])]
-    write_csv(folder / "cases.csv", rows, columns)
-
-
-def _scores(classes: list[str], score: np.ndarray) -> dict[str, float]:
-    return {f"score_{name}": rounded(s) for name, s in zip(classes, score, strict=True)}
+    write_csv(folder / "cases.csv", rows, list(rows[0]))
 
 
 def write_history(folder: Path, history: np.ndarray) -> None:

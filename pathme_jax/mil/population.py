@@ -16,19 +16,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from pathme_jax.errors import UserError
 from pathme_jax.mil.buckets import Bucket
+from pathme_jax.mil.feed import Feed
 from pathme_jax.mil.folds import TRAIN, VALIDATION
 from pathme_jax.mil.heads import absorb
 from pathme_jax.mil.heads.common import Bag
 from pathme_jax.mil.tasks import Tasks
 
 Array = jax.Array
+AUTO = jax.sharding.AxisType.Auto
 EACH, ALL = PartitionSpec("members"), PartitionSpec()
-STEPS = PartitionSpec(None, "members")
-RUN = 16  # steps in one program; the order of bags is shuffled in runs of bags of one size
+STEPS, BAGS = PartitionSpec(None, "members"), PartitionSpec(None, "instances")
+PART = 8192  # instances at once where their mean is taken in float64
 LARGE = 256  # instances of a bag from which on members that hold it out are not computed at all
 GROUP_BYTES = 2 << 30  # of hidden activations at once on a device; members beyond that take turns
 
@@ -40,7 +43,7 @@ class Members:
     Attributes:
         parts: (p, n) UNUSED, TRAIN, VALIDATION or TEST.
         targets: (p, n, t) float32, see `tasks`.
-        weights: (p, n) weight of each bag in the loss; zero off the training part.
+        weights: (p, n, tasks) weight of each bag in the loss of each task; zero off the training part.
         seeds: (p,) of the first weights.
         rates: (p,) peak learning rate. decays: (p,) weight decay of AdamW.
     """
@@ -94,6 +97,12 @@ class Population:
     history: np.ndarray
     best: np.ndarray
 
+    def take(self, which: np.ndarray) -> Population:
+        """Some of the members."""
+        params = jax.tree.map(lambda leaf: leaf[which], self.params)
+        own = (self.losses[:, which], self.history[which], self.best[which])
+        return Population(self.head, self.tasks, params, *own)
+
 
 def fit(
     head: Any,
@@ -102,15 +111,23 @@ def fit(
     members: Members,
     schedule: Schedule,
     *,
+    resident: int | None = None,
+    instances: int = 1,
     name: str = "mil",
     progress: bool = True,
 ) -> Population:
     """Trains all members with AdamW and a cosine to zero, spread over this process's devices.
 
     A member with a validation part keeps the parameters of the epoch of least validation loss, others the last.
+
+    Args:
+        resident: bytes of bags that may stay on a device, see `feed.Feed`; more are streamed.
+        instances: devices over which the instances of each bag are spread, for bags too large for one; pack them
+            with this `multiple`. The other devices share the members.
     """
-    count, mesh = len(members), jax.make_mesh((jax.local_device_count(),), ("members",), (AUTO,))
-    members = members.take(np.resize(np.arange(count), -(-count // mesh.size) * mesh.size))
+    count, mesh = len(members), mesh_of(instances)
+    here = mesh.shape["members"]
+    members = members.take(np.resize(np.arange(count), -(-count // here) * here))
 
     def put(tree: Any, spec: PartitionSpec) -> Any:
         return jax.device_put(tree, NamedSharding(mesh, spec))
@@ -118,11 +135,11 @@ def fit(
     mean, std = standardisation(buckets, members.parts)
     fixed = put({"mean": mean, "std": std, "decay": np.float32(members.decays)}, EACH)
     state = put(_init(head, len(mean[0]), jnp.asarray(members.seeds)), EACH)
-    bags = [put(bucket.arrays(), ALL) for bucket in buckets]
-    group = [_group(state, bucket, schedule.batch, mesh.size) for bucket in buckets]
-    active = [_active(members, bucket, schedule.batch, mesh.size) for bucket in buckets]
+    feed = Feed(buckets, lambda bags: put(bags, BAGS), resident)
+    group = [_group(state, bucket, schedule.batch, mesh) for bucket in buckets]
+    active = [_active(members, bucket, schedule.batch, here) for bucket in buckets]
     steps = sum(-(-len(bucket.index) // schedule.batch) for bucket in buckets) * schedule.epochs
-    key = jax.random.key(schedule.seed)
+    key = put(jax.random.key(schedule.seed), ALL)
 
     validated = (members.parts == VALIDATION).any(1)
     best = jax.tree.map(jnp.copy, state["params"])  # the state itself is given away each run
@@ -130,34 +147,35 @@ def fit(
     kept, resting = np.zeros(len(members), int), np.zeros(len(members), bool)
     history = np.full((len(members), schedule.epochs, 2), np.nan)
     losses: list[np.ndarray] = []
+    done = 0
     epochs = tqdm(
         range(schedule.epochs), desc=name, unit="epoch", leave=False, disable=not progress
     )
     for epoch in epochs:
         begun = []
-        for which, rows in _order(buckets, schedule, epoch):
-            index, real = buckets[which].index[rows], (rows >= 0).any(1)
-            step = sum(map(len, losses)) + sum(int(r.sum()) for _, _, r in begun) + np.cumsum(real)
-            decay = (1 + np.cos(np.pi * (step - 1) / steps)) / 2
-            weights = np.where(rows >= 0, members.weights[:, index], 0).swapaxes(0, 1)
-            weights = np.where(resting[:, None], 0, weights).astype(np.float32)
+        for run in feed.epoch(schedule.batch, [schedule.seed, 4, epoch]):
+            index, real = buckets[run.which].index[run.rows], (run.rows >= 0).any(1)
+            step = done + np.cumsum(real) - 1
+            done += int(real.sum())
+            decay = (1 + np.cos(np.pi * step / steps)) / 2
+            weights = np.where((run.rows >= 0)[..., None], members.weights[:, index], 0)
+            weights = np.where(resting[:, None, None, None], 0, weights).swapaxes(0, 1)
             plan = {
                 "targets": members.targets[:, index].swapaxes(0, 1),
-                "weights": weights,
+                "weights": weights.astype(np.float32),
                 "rate": np.float32(members.rates * decay[:, None]),
+                "active": _first(weights.max((2, 3)) > 0, active[run.which], here),
             }
-            keys = jax.vmap(functools.partial(jax.random.fold_in, key))(step - 1)
-            plan["active"] = _first(weights.sum(2) > 0, active[which], mesh.size)
-            common = {"rows": np.maximum(rows, 0), "real": real, "key": keys}
-            run = _compiled(
+            common = {"places": run.places, "real": real, "step": step}
+            compiled = _compiled(
                 _run,
                 mesh,
-                (head, tasks, group[which]),
-                (EACH, EACH, ALL, STEPS, ALL),
+                (head, tasks, group[run.which]),
+                (EACH, EACH, ALL, ALL, STEPS, ALL),
                 (EACH, STEPS),
             )
-            state, loss = run(state, fixed, bags[which], put(plan, STEPS), put(common, ALL))
-            begun.append((loss, weights.sum(2), real))
+            state, loss = compiled(state, fixed, key, run.bags, put(plan, STEPS), put(common, ALL))
+            begun.append((loss, weights.sum((2, 3)), real))
         epoch_losses = np.concatenate([np.asarray(loss)[real] for loss, _, real in begun])
         epoch_weights = np.concatenate([weight[real] for _, weight, real in begun])
         history[:, epoch, 0] = _mean(epoch_losses.sum(0), epoch_weights.sum(0))
@@ -165,7 +183,7 @@ def fit(
         if not validated.any():
             best, kept[:] = state["params"], epoch
             continue
-        logits = _all_logits(head, mesh, state["params"], fixed, bags, buckets, group)
+        logits = _all_logits(head, mesh, state["params"], fixed, feed, group)
         found = _validation_loss(tasks, logits, members)
         history[:, epoch, 1] = np.where(resting, np.nan, found)
         better = ~resting & (~validated | (found < least))
@@ -186,7 +204,19 @@ def fit(
     )
 
 
-AUTO = jax.sharding.AxisType.Auto
+def mesh_of(instances: int = 1) -> Mesh:
+    """This process's devices, `instances` to each bag, the rest to the members.
+
+    Raises:
+        UserError: that many do not divide the devices.
+    """
+    devices = jax.local_device_count()
+    if instances < 1 or devices % instances:
+        raise UserError(
+            f"bags spread over {instances} devices, of which there are {devices}",
+            "Expected a divisor of the devices",
+        )
+    return jax.make_mesh((devices // instances, instances), ("members", "instances"), (AUTO, AUTO))
 
 
 def _mean(total: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -196,11 +226,15 @@ def _mean(total: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def standardisation(buckets: Sequence[Bucket], parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(p, d) mean and standard deviation over the instances of each member's training bags."""
     train = (parts == TRAIN).astype(np.float64)
-    sums = np.zeros((3, train.shape[1], buckets[0].features.shape[-1]))
+    sums = np.zeros((3, train.shape[1], buckets[0].width))
     for bucket in buckets:
-        for i, features, mask in zip(bucket.index, bucket.features, bucket.mask, strict=True):
-            mine = features[mask].astype(np.float64)
-            sums[0, i], sums[1, i], sums[2, i] = len(mine), mine.sum(0), (mine**2).sum(0)
+        for row, i in enumerate(bucket.index):
+            features = bucket.read(row)[0]
+            for part in np.array_split(features, -(-len(features) // PART)):
+                mine = part.astype(np.float64)
+                sums[0, i] += len(mine)
+                sums[1, i] += mine.sum(0)
+                sums[2, i] += (mine**2).sum(0)
     count, total, square = (train @ each for each in sums)
     mean = total / count
     std = np.sqrt(np.maximum(square / count - mean**2, 0))
@@ -208,52 +242,41 @@ def standardisation(buckets: Sequence[Bucket], parts: np.ndarray) -> tuple[np.nd
     return mean.astype(np.float32), std.astype(np.float32)
 
 
-def _order(
-    buckets: Sequence[Bucket], schedule: Schedule, epoch: int
-) -> list[tuple[int, np.ndarray]]:
-    """One epoch: runs of (bucket, rows (k, b)), shuffled within a bucket and between; -1 fills up."""
-    rng = np.random.default_rng([schedule.seed, 4, epoch])
-    runs = []
-    for which, bucket in enumerate(buckets):
-        steps = -(-len(bucket.index) // schedule.batch)
-        count = -(-steps // RUN)
-        rows = np.full(count * -(-steps // count) * schedule.batch, -1)
-        rows[: len(bucket.index)] = rng.permutation(len(bucket.index))
-        runs += [(which, part) for part in rows.reshape(count, -1, schedule.batch)]
-    return [runs[i] for i in rng.permutation(len(runs))]
-
-
 # ---- on the devices ---------------------------------------------------------------------------------
 
 
 def _init(head: Any, width: int, seeds: Array) -> dict[str, Any]:
     """First weights from each member's seed: members of one seed start alike."""
+    return _starts(head, width)(seeds)
+
+
+@functools.lru_cache(maxsize=64)
+def _starts(head: Any, width: int) -> Any:
     bag = Bag(jnp.zeros((1, width)), jnp.ones(1, bool), jnp.zeros((1, 2), jnp.int32))
 
-    @jax.jit
-    @jax.vmap
     def one(seed: Array) -> dict[str, Any]:
         params = head.init(jax.random.key(seed), bag)["params"]
         return {"params": params, "moments": optax.scale_by_adam().init(params)}
 
-    return one(seeds)
+    return jax.jit(jax.vmap(one))
 
 
-def _group(state: Any, bucket: Bucket, batch: int, devices: int) -> int:
+def _group(state: Any, bucket: Bucket, batch: int, mesh: Mesh) -> int:
     """How many members a device works on at once, so that what they hold of a step's bags fits."""
     params = state["params"]
     hidden = params["embed"]["kernel"].shape[-1] if "embed" in params else 64
-    held = 6 * 4 * batch * bucket.features.shape[1] * hidden
-    return max(1, min(len(jax.tree.leaves(params)[0]) // devices, GROUP_BYTES // held))
+    held = 6 * 4 * batch * bucket.size // mesh.shape["instances"] * hidden
+    count = len(jax.tree.leaves(params)[0]) // mesh.shape["members"]
+    return max(1, min(count, GROUP_BYTES // held))
 
 
 def _active(members: Members, bucket: Bucket, batch: int, devices: int) -> int:
     """How many members of a device a step must work on. Fewer than all where every bag is held out of some, and
     large enough that taking them apart costs less than it saves."""
     here = len(members) // devices
-    if batch > 1 or bucket.mask.shape[1] < LARGE:
+    if batch > 1 or bucket.size < LARGE:
         return here
-    training = (members.weights[:, bucket.index] > 0).reshape(devices, here, -1)
+    training = members.weights[:, bucket.index].any(2).reshape(devices, here, -1)
     return int(training.sum(1).max())
 
 
@@ -274,6 +297,7 @@ def _compiled(function: Any, mesh: Any, static: tuple, takes: tuple, gives: Any)
         mesh=mesh,
         in_specs=takes,
         out_specs=gives,
+        axis_names={"members"},  # the instances are the compiler's to divide
         check_vma=False,
     )
     return jax.jit(mapped, donate_argnums=(0,) if function is _run else ())
@@ -285,6 +309,7 @@ def _run(
     group: int,
     state: Any,
     fixed: Any,
+    key: Array,
     bags: Bag,
     plan: Any,
     common: Any,
@@ -293,11 +318,12 @@ def _run(
 
     def step(state: Any, now: Any) -> tuple[Any, Array]:
         plan, common = now
-        seen = jax.tree.map(lambda x: x[common["rows"]], bags)
+        seen = jax.tree.map(lambda x: x[common["places"]], bags)
+        here = jax.random.fold_in(key, common["step"])
 
         def update(one: Any) -> Any:
             state, fixed, plan = one
-            return _update(head, tasks, seen, common["key"], state, fixed, plan)
+            return _update(head, tasks, seen, here, state, fixed, plan)
 
         nothing = jnp.zeros(len(plan["rate"]))
 
@@ -337,10 +363,10 @@ def _update(
         out = jax.vmap(apply)(bags, rngs)
         total = jnp.zeros(())
         for weight, logits in out.streams:
-            total += tasks.loss(logits, plan["targets"], plan["weights"] * weight)
-        if hasattr(head, "extra") and tasks.has_classes:
+            total += tasks.loss(logits, plan["targets"], plan["weights"] * weight[:, None])
+        if hasattr(head, "extra") and tasks.classes is not None:
             own = jax.vmap(head.extra)(out, tasks.label(plan["targets"]))
-            total += (own * plan["weights"]).sum()
+            total += (own * plan["weights"][:, tasks.classes]).sum()
         return total / count, total
 
     gradient, total = jax.grad(loss, has_aux=True)(state["params"])
@@ -364,37 +390,34 @@ def _select(better: Array, new: Any, old: Any) -> Any:
 # ---- answers ----------------------------------------------------------------------------------------
 
 
-def _answer(head: Any, group: int, params: Any, fixed: Any, bags: Bag) -> Array:
-    """(b, p, o) logits of all members on all bags of one size, one bag after another."""
+def _answer(head: Any, group: int, params: Any, fixed: Any, bags: Bag, places: Array) -> Array:
+    """(b, p, o) logits of all members on some bags of one size, one bag after another."""
 
-    def of_bag(bag: Bag) -> Array:
+    def of_bag(place: Array) -> Array:
+        bag = jax.tree.map(lambda x: x[place], bags)
+
         def one(member: Any) -> Array:
             params, fixed = member
             return head.apply({"params": absorb(params, fixed["mean"], fixed["std"])}, bag).logits
 
         return jax.lax.map(one, (params, fixed), batch_size=group)
 
-    return jax.lax.map(of_bag, bags)
+    return jax.lax.map(of_bag, places)
 
 
 def _all_logits(
-    head: Any,
-    mesh: Any,
-    params: Any,
-    fixed: Any,
-    bags: Sequence[Bag],
-    buckets: Sequence[Bucket],
-    groups: Sequence[int],
+    head: Any, mesh: Mesh, params: Any, fixed: Any, feed: Feed, groups: Sequence[int]
 ) -> np.ndarray:
     """(p, n, o)"""
+    n = sum(len(bucket.index) for bucket in feed.buckets)
     found: Any = None
-    for bag, bucket, group in zip(bags, buckets, groups, strict=True):
-        answer = _compiled(_answer, mesh, (head, group), (EACH, EACH, ALL), STEPS)
-        logits = np.asarray(answer(params, fixed, bag))
+    for run in feed.once():
+        answer = _compiled(_answer, mesh, (head, groups[run.which]), (EACH, EACH, ALL, ALL), STEPS)
+        places = jax.device_put(run.places[:, 0], NamedSharding(mesh, ALL))
+        logits = np.asarray(answer(params, fixed, run.bags, places))
         if found is None:
-            n = sum(len(b.index) for b in buckets)
             found = np.zeros((logits.shape[1], n, logits.shape[2]), np.float32)
-        found[:, bucket.index] = logits.swapaxes(0, 1)
+        found[:, feed.buckets[run.which].index[run.rows[:, 0]]] = logits.swapaxes(0, 1)
     return found
 
 
@@ -408,41 +431,21 @@ def _validation_loss(tasks: Tasks, logits: np.ndarray, members: Members) -> np.n
             weight = balance(tasks, targets)
             parts = (jnp.asarray(x) for x in (logits[i, held], targets, weight))
             total = tasks.loss(*parts)
-            losses[i] = float(total) / weight.sum()
+            losses[i] = float(total) / max(weight.sum(), 1e-12)
     return losses
 
 
 def balance(tasks: Tasks, targets: np.ndarray) -> np.ndarray:
-    """(n,) weights of mean 1 by which every class of the first task that has classes weighs the same."""
-    weight = np.ones(len(targets), np.float32)
-    if tasks.has_classes:
-        labels = np.asarray(tasks.label(jnp.asarray(targets)))
-        for label in np.unique(labels):
-            weight[labels == label] = 1 / (labels == label).sum()
-    return weight / weight.mean()
-
-
-def test_logits(population: Population, buckets: Sequence[Bucket], pairs: np.ndarray) -> np.ndarray:
-    """(q, o) logits of (q, 2) pairs of member and bag, all members run on every bag: without attention."""
-    found = np.zeros((len(pairs), population.tasks.outputs), np.float32)
-    for bucket in buckets:
-        everything = np.asarray(_every(population.head, population.params, bucket.arrays()))
-        row_of = np.full(pairs[:, 1].max() + 1, -1)
-        known = bucket.index <= pairs[:, 1].max()
-        row_of[bucket.index[known]] = np.flatnonzero(known)
-        here = row_of[pairs[:, 1]] >= 0
-        found[here] = everything[row_of[pairs[here, 1]], pairs[here, 0]]
-    return found
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _every(head: Any, params: Any, bags: Bag) -> Array:
-    """(b, p, o)"""
-
-    def of_bag(bag: Bag) -> Array:
-        return jax.vmap(lambda params: head.apply({"params": params}, bag).logits)(params)
-
-    return jax.lax.map(of_bag, bags)
+    """(n, tasks) weights by which every class of a task weighs the same; their mean over what is known is 1."""
+    weights = np.zeros((len(targets), len(tasks.each)), np.float32)
+    for i, (task, target) in enumerate(zip(tasks.each, tasks.targets_of(targets), strict=True)):
+        known = ~np.isnan(target).all(-1)
+        weights[known, i] = 1
+        if task.kind == "classes":
+            for label in np.unique(target[known]):
+                mine = target[:, 0] == label
+                weights[mine, i] = known.sum() / mine.sum() / len(np.unique(target[known]))
+    return weights
 
 
 def predict(
@@ -459,15 +462,15 @@ def predict(
     logits = np.zeros((len(pairs), population.tasks.outputs), np.float32)
     attention: list[np.ndarray] = [np.empty(0)] * len(pairs)
     for bucket in buckets:
-        arrays = bucket.arrays()
-        row_of = {bag: row for row, bag in enumerate(bucket.index.tolist())}
-        for i in np.flatnonzero(np.isin(pairs[:, 1], bucket.index)):
-            member, bag = pairs[i].tolist()
-            mine = jax.tree.map(lambda leaf, member=member: leaf[member], population.params)
-            this = jax.tree.map(lambda leaf, row=row_of[bag]: leaf[row], arrays)
-            out = _one(population.head, mine, this)
-            logits[i] = out.logits
-            attention[i] = np.asarray(out.attention)[:, np.asarray(this.mask)]
+        for row, bag in enumerate(bucket.index.tolist()):
+            wanted = np.flatnonzero(pairs[:, 1] == bag)
+            this = jax.tree.map(lambda leaf: leaf[0], bucket.arrays([row])) if len(wanted) else None
+            for i in wanted:
+                member = pairs[i, 0]
+                mine = jax.tree.map(lambda leaf, member=member: leaf[member], population.params)
+                out = _one(population.head, mine, this)
+                logits[i] = out.logits
+                attention[i] = np.asarray(out.attention)[:, : bucket.lengths[row]]
     return logits, attention
 
 

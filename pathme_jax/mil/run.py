@@ -1,6 +1,7 @@
-"""One cross-validation: feature files and labels in, a folder of predictions, metrics and attention out.
+"""One cross-validation: feature files and labels in, a folder of predictions, metrics, attention and heads out.
 
-    <out>/<task>/<name>-<hash8>/metrics.json predictions.csv cases.csv history.csv attention/<slide>.h5 run.json
+    <out>/<name>-<hash8>/run.json history.csv attention/<slide>.h5 heads/
+                         <task>/metrics.json predictions.csv cases.csv
 
 The hash names the recipe: settings, labels, and the recipes of all feature files. The folder appears when it is
 complete, so an existing one is done, and another recipe goes beside it.
@@ -10,21 +11,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import time
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from pathme_jax.errors import UserError
 from pathme_jax.files import atomic, digest, listed, provenance, read_json, write_json
 from pathme_jax.mil.bags import load
 from pathme_jax.mil.settings import Settings
+from pathme_jax.mil.table import Table, read
 from pathme_jax.records.features import identity_of
-from pathme_jax.records.labels import Labels, read_labels
-from pathme_jax.records.survival import Survival, read_survival
 
-VERSION = 2  # raise it when results change
+VERSION = 3  # raise it when results change
+PLACES = ("host_gb", "device_gb", "bag_devices")  # where bags lie changes nothing
 
 
 def run(
@@ -35,26 +35,30 @@ def run(
     *,
     parent: Path | None = None,
     colour: Path | None = None,
+    classes: str = "",
+    splits: Path | None = None,
     name: str | None = None,
     **settings: Any,
-) -> dict[str, Any]:
+) -> dict[str, dict[str, Any]]:
     """Cross-validates a head and its controls, or returns what an equal run left.
 
     Args:
         features: folder of feature files.
         labels: label table, see `records.labels`.
-        task: its column; for survival the endpoint (os, dss, …), or "" where there is one only.
-        out: where `<task>/<name>-<hash8>/` goes.
+        task: one or several of its columns, with their kinds: see `mil.table.read`.
+        out: where `<name>-<hash8>/` goes.
         parent: features at 4 × the µm/px, joined to each instance.
         colour: CSV `slide_id,r,g,b` for the mean-colour row.
+        classes: of the task of classes, comma separated, in their order; by default those found.
+        splits: split files in the place of fold columns, see `records.splits`.
         name: of the bags; by default that of the feature folder.
         settings: fields of `mil.settings.Settings`.
 
     Returns:
-        The content of metrics.json, and `folder`: where it is.
+        Of each task the content of its metrics.json, and `folder`: where that is.
 
     Raises:
-        UserError: see `read_labels`, `bags.load`, `folds`.
+        UserError: see `mil.table.read`, `bags.load`, `folds`.
     """
     start = time.monotonic()
     chosen = Settings(**settings)
@@ -62,56 +66,57 @@ def run(
         raise UserError(f"bag is {chosen.bag!r}", "Expected slide or case")
     features, labels = Path(features), Path(labels)
     parent = Path(parent) if parent else None
-    table = _table(labels, task, chosen)
+    table = read(
+        labels,
+        task,
+        classes=tuple(filter(None, classes.split(","))),
+        fold_prefix=chosen.fold_column_prefix,
+        bins=chosen.time_bins,
+        splits=splits,
+    )
     recipe = _recipe(features, parent, colour, table, chosen)
-    folder = Path(out) / (task or "survival") / f"{name or features.name}-{digest(recipe)}"
-    if not (folder / "metrics.json").exists():
-        from pathme_jax.mil import crossval, survival  # import JAX, which a rerun need not
+    folder = Path(out) / f"{name or features.name}-{digest(recipe)}"
+    if not (folder / "run.json").exists():
+        from pathme_jax.mil import (
+            crossval,
+            saved,
+        )  # Flax and scikit-learn, which a rerun need not import
 
         for note in table.notes:
             print(f"{labels}: {note}")
-        cohort = load(features, table, parent)
+        cohort = load(features, table, parent, int(chosen.host_gb * 2**30) or _share())
+        more = {"name": name or features.name, "no_label": _no_label(features, table)}
+        made_of = saved.features_of(features, [s.slide_id for s in cohort.slides], parent)
         with atomic(folder) as temporary:
             (temporary / "attention").mkdir(parents=True)
-            if isinstance(table, Survival):
-                metrics = survival.evaluate(temporary, cohort, table, chosen, folder.name)
-            else:
-                metrics = crossval.evaluate(temporary, cohort, table, chosen, colour, folder.name)
-            metrics |= {"name": name or features.name, "no_label": _no_label(features, table)}
-            write_json(temporary / "metrics.json", metrics)
+            crossval.evaluate(temporary, cohort, table, chosen, colour, more, made_of)
             write_json(
                 temporary / "run.json",
                 {"recipe": recipe, "seconds": time.monotonic() - start, **provenance()},
             )
-    return {**read_json(folder / "metrics.json"), "folder": str(folder)}
+    own = [folder / task.name for task in table.tasks.each]
+    return {each.name: {**read_json(each / "metrics.json"), "folder": str(each)} for each in own}
 
 
-def _table(labels: Path, task: str, settings: Settings) -> Labels | Survival:
-    if not settings.survival:
-        return read_labels(labels, task, settings.fold_column_prefix)
-    return read_survival(labels, task, fold_prefix=settings.fold_column_prefix)
-
-
-def _truth(table: Labels | Survival) -> list[Any]:
-    if isinstance(table, Survival):
-        return [np.asarray(table.time).tolist(), np.asarray(table.event).tolist()]
-    return [table.labels.tolist(), table.classes]
+def _share() -> int:
+    """Bytes: two fifths of the machine's memory."""
+    return int(0.4 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def _recipe(
     features: Path,
     parent: Path | None,
     colour: Path | None,
-    table: Labels | Survival,
+    table: Table,
     settings: Settings,
 ) -> dict[str, Any]:
     return {
         "version": VERSION,
-        "settings": dataclasses.asdict(settings),
+        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in PLACES},
         "labels": [
-            table.task,
+            [dataclasses.asdict(task) for task in table.tasks.each],
             *zip(table.slide_ids, table.case_ids, strict=True),
-            *_truth(table),
+            [truth.tolist() for truth in table.truth],
             table.folds,
         ],
         "features": [identity_of(features / f"{s}.h5") for s in table.slide_ids],
@@ -120,5 +125,5 @@ def _recipe(
     }
 
 
-def _no_label(features: Path, table: Labels | Survival) -> list[str]:
+def _no_label(features: Path, table: Table) -> list[str]:
     return sorted({path.stem for path in listed(features, ".h5")} - set(table.slide_ids))

@@ -16,8 +16,7 @@ class Settings:
     folds: int = _setting(5, "cross-validation folds; fewer if the smallest class has fewer cases")
     fold_column_prefix: str = _setting("fold_", "the user's fold columns in the labels; '' ignores")
     bag: str = _setting("slide", "slide: one bag a slide, scores averaged per case; case: pooled")
-    survival: str = _setting("", "'' classifies; nll or cox: --task is an endpoint (os, dss, …)")
-    time_bins: int = _setting(4, "of the nll loss: quantiles of a fold's training events")
+    time_bins: int = _setting(4, "of nll tasks: quantiles of a fold's training events")
     head: str = _setting("abmil", "abmil, clam_sb, dsmil, transmil, … (see mil/heads)")
     options: str = _setting("", "of the head, such as heads=4,gated=false")
     seeds: int = _setting(1, "heads a fold, of other first weights, whose scores are averaged")
@@ -31,5 +30,10 @@ class Settings:
     hidden: int = _setting(64, "width of the instance embedding")
     attention: int = _setting(32, "width of the attention branches")
     dropout: float = _setting(0.25, "of the embedding, in training")
-    max_instances: int = _setting(4096, "per bag in training; prediction uses all")
-    shuffles: int = _setting(1, "controls trained on labels shuffled by case")
+    max_instances: int = _setting(4096, "per bag in training, 0 for all; prediction uses all")
+    bag_devices: int = _setting(1, "devices that share the instances of a bag too large for one")
+    host_gb: float = _setting(
+        0.0, "of features kept in memory, 0 for 40 %%; more is read when needed"
+    )
+    device_gb: float = _setting(0.0, "of bags kept on a device, 0 for 40 %%; more is streamed")
+    shuffles: int = _setting(1, "controls trained on the truth of other patients")

@@ -19,7 +19,6 @@ from pathme_jax.errors import UserError
 from pathme_jax.losses import survival
 
 Array = jax.Array
-KINDS = ("classes", "labels", "number", "hazards", "cox")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +26,9 @@ class Task:
     """One thing to predict.
 
     Attributes:
-        name: column, or endpoint. kind: one of KINDS.
+        name: column, or endpoint. kind: classes, labels (that may hold together), number, nll (discrete survival) or cox.
         names: of the classes or labels, else empty.
-        bins: of time, of "hazards".
+        bins: of time, of nll.
     """
 
     name: str
@@ -42,14 +41,14 @@ class Task:
         """Logits."""
         if self.kind in ("classes", "labels"):
             return len(self.names)
-        return self.bins if self.kind == "hazards" else 1
+        return self.bins if self.kind == "nll" else 1
 
     @property
     def width(self) -> int:
         """Numbers in a target."""
         if self.kind == "labels":
             return len(self.names)
-        return 2 if self.kind in ("hazards", "cox") else 1
+        return 2 if self.kind in ("nll", "cox") else 1
 
     def loss(self, logits: Array, target: Array, weight: Array) -> Array:
         """Summed over a batch.
@@ -68,7 +67,7 @@ class Task:
             each = jnp.where(known, each, 0).sum(-1) / jnp.maximum(known.sum(-1), 1)
         elif self.kind == "number":
             each = (logits[:, 0] - target[:, 0]) ** 2
-        elif self.kind == "hazards":
+        elif self.kind == "nll":
             each = survival.discrete_nll(logits, target[:, 0].astype(jnp.int32), target[:, 1])
         else:  # the batch is the risk set, so its loss is one number
             total = survival.cox(logits[:, 0], target[:, 0], target[:, 1], weight)
@@ -81,7 +80,7 @@ class Task:
             return np.asarray(jax.nn.softmax(logits, -1))
         if self.kind == "labels":
             return np.asarray(jax.nn.sigmoid(logits))
-        if self.kind == "hazards":
+        if self.kind == "nll":
             return np.asarray(survival.discrete_risk(jnp.asarray(logits)))[:, None]
         return np.asarray(logits)
 
@@ -109,9 +108,10 @@ class Tasks:
         return _cut(targets, [task.width for task in self.each])
 
     def loss(self, logits: Array, targets: Array, weight: Array) -> Array:
-        """Sum over the tasks of `Task.loss`."""
+        """Sum over the tasks of `Task.loss`; weight (b, tasks)."""
         parts = zip(self.each, self.logits_of(logits), self.targets_of(targets), strict=True)
-        return sum((task.loss(x, y, weight) for task, x, y in parts), jnp.zeros(()))
+        each = (task.loss(x, y, weight[:, i]) for i, (task, x, y) in enumerate(parts))
+        return sum(each, jnp.zeros(()))
 
     def label(self, targets: Array) -> Array:
         """(b, width) to (b,) class of the first task that has classes: what a head's own loss asks for.
@@ -119,16 +119,16 @@ class Tasks:
         Raises:
             UserError: none has.
         """
-        for task, target in zip(self.each, self.targets_of(targets), strict=True):
-            if task.kind == "classes":
-                return jnp.nan_to_num(target[:, 0]).astype(jnp.int32)
+        if self.classes is not None:
+            return jnp.nan_to_num(self.targets_of(targets)[self.classes][:, 0]).astype(jnp.int32)
         raise UserError(
             f"no task with classes among {', '.join(t.name for t in self.each)}", "Use another head"
         )
 
     @property
-    def has_classes(self) -> bool:
-        return any(task.kind == "classes" for task in self.each)
+    def classes(self) -> int | None:
+        """The first task that has classes."""
+        return next((i for i, task in enumerate(self.each) if task.kind == "classes"), None)
 
 
 def _cut(values: Array | np.ndarray, sizes: Sequence[int]) -> list:

@@ -1,31 +1,23 @@
-"""The label table: which slide belongs to which case, its class, and the user's own folds.
+"""The label table: which slide belongs to which case, what is to be predicted, and the user's own folds.
 
-One row per slide: `case_id,slide_id,<task columns>[,fold_0,fold_1,…]`, comma or (`.tsv`) tab separated. The tables
-of CLAM, Patho-Bench, STAMP, PatHME and LRMIL are read as they are; what was renamed is kept in `notes`.
+One row per slide: `case_id,slide_id,<task columns>[,fold_0,fold_1,…]`, see `records.tables`. A column is read as
+classes, as a number, or several columns as labels that may hold together; `records.survival` reads times and events.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pathme_jax.errors import UserError
+from pathme_jax.records import tables
 
-CASE_COLUMNS = ("case_id", "P_ID", "PATIENT", "patient", "patient_id")
-SLIDE_COLUMNS = ("slide_id", "slide", "FILENAME")
-MISSING = {"", "nan", "na", "n/a"}
-SLIDE_SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".dcm", ".h5", ".pt"}
-PARTS = {"": "", "train": "train", "val": "val", "test": "test"} | {
-    "training": "train",
-    "valid": "val",
-    "validation": "val",
-    "testing": "test",
-}
+YES = {"1", "1.0", "yes", "true", "positive", "pos", "mut", "mutated", "mutant"}
+NO = {"0", "0.0", "no", "false", "negative", "neg", "wt", "wildtype", "wild-type"}
 
 
 @dataclasses.dataclass
@@ -52,150 +44,179 @@ class Labels:
     notes: list[str]
 
 
-def read_labels(path: str | Path, task: str, fold_prefix: str = "fold_") -> Labels:
-    """Reads one task of a label table.
+@dataclasses.dataclass
+class Numbers:
+    """The slides that have a number, as `Labels`; all slides of a case share one.
+
+    Attributes:
+        values: (n,) float, finite, in the table's unit.
+    """
+
+    task: str
+    slide_ids: list[str]
+    case_ids: list[str]
+    values: np.ndarray
+    folds: dict[str, list[str]]
+    unlabelled: list[str]
+    notes: list[str]
+
+
+@dataclasses.dataclass
+class MultiLabel:
+    """The slides that have at least one of l labels, as `Labels`; all slides of a case have the same.
+
+    Attributes:
+        task: the names, joined by +.
+        names: (l,) text, the columns.
+        values: (n, l) float, 1 holds, 0 does not, NaN unknown.
+    """
+
+    task: str
+    names: list[str]
+    slide_ids: list[str]
+    case_ids: list[str]
+    values: np.ndarray
+    folds: dict[str, list[str]]
+    unlabelled: list[str]
+    notes: list[str]
+
+
+def read_labels(
+    path: str | Path, task: str, fold_prefix: str = "fold_", classes: Sequence[str] = ()
+) -> Labels:
+    """Reads one column of a label table as classes.
 
     Args:
         path: the table.
         task: its column with the class.
-        fold_prefix: columns `<prefix><number>` hold train/val/test; a column named like the prefix without its
-            underscore holds the number of the fold in which the slide is tested. "" ignores both.
+        fold_prefix: see `tables.fold_columns`; "" ignores the table's folds.
+        classes: the classes in the order wanted; by default all that the column holds.
 
     Raises:
-        UserError: no such file or column, a slide twice, two labels in one case, a fold value not understood.
+        UserError: see `tables.open_table` and `Table.common`; no such column, one class only, two labels in one case,
+            or a label that is none of `classes`.
     """
-    path = Path(path)
-    rows, columns = read(path)
-    notes: list[str] = []
-    case = find(columns, CASE_COLUMNS, notes)
-    slide = find(columns, SLIDE_COLUMNS, notes)
-    if case is None and slide is None:
+    table = tables.open_table(path)
+    table.need([task])
+    known = table.known([task])
+    values = [row.cells[task] for row in known]
+    # 1, 1.0 and 01 are one class where every class is a number.
+    if all(tables.number(name) is not None for name in classes or values):
+        values, classes = _alike(values), _alike(classes)
+    tables.one_per_case(table, known, [task], [[value] for value in values])
+    names = list(dict.fromkeys(classes)) or sorted(set(values), key=_in_order)
+    for row, value in zip(known, values, strict=True):
+        if value not in names:
+            raise UserError(
+                f"{table.path}: {task} of slide {row.slide!r} is {value!r}, an unknown label",
+                f"Expected one of {', '.join(names)}, or blank",
+            )
+    if len(names) < 2:
         raise UserError(
-            f"{path}: neither a case nor a slide column among {', '.join(columns)}",
-            f"Name them {CASE_COLUMNS[0]} and {SLIDE_COLUMNS[0]}",
+            f"{table.path}: only one class, {names[0]!r}, in column {task!r}",
+            "Give slides of at least two classes",
         )
-    if slide is None:
-        notes.append(f"no slide column: slides are named by {case}")
-    if case is None:
-        notes.append(f"no case column: every {slide} is taken for a case of its own")
-    if task not in columns:
-        ids = {case, slide}
-        raise UserError(
-            f"{path}: no column {task!r}",
-            f"Available: {', '.join(c for c in columns if c not in ids) or 'none'}",
-        )
-    for row in rows:
-        row["/slide"] = stem(row[slide or case or ""])
-        row["/case"] = row[case] if case else row["/slide"]
-    rows = sorted((row for row in rows if row["/slide"]), key=lambda row: row["/slide"])
-    no_duplicates(path, [row["/slide"] for row in rows])
-
-    labelled = [row for row in rows if row[task].lower() not in MISSING]
-    if not labelled:
-        raise UserError(f"{path}: column {task!r} is blank in every row", "Fill in the labels")
-    values = _numbers_alike([row[task] for row in labelled])
-    _one_label_per_case(path, task, [row["/case"] for row in labelled], values)
-    classes = sorted(set(values), key=lambda v: (not _is_number(v), _is_number(v) and float(v), v))
+    table.notes += [f"no slide is {name!r}" for name in names if name not in values]
     return Labels(
         task=task,
-        classes=classes,
-        slide_ids=[row["/slide"] for row in labelled],
-        case_ids=[row["/case"] for row in labelled],
-        labels=np.array([classes.index(value) for value in values]),
-        folds=fold_columns(path, labelled, columns, fold_prefix),
-        unlabelled=[row["/slide"] for row in rows if row[task].lower() in MISSING],
-        notes=notes,
+        classes=names,
+        labels=np.array([names.index(value) for value in values]),
+        **table.common(known, fold_prefix),
     )
 
 
-def read(path: Path) -> tuple[list[dict[str, str]], list[str]]:
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-            columns = [column.strip() for column in reader.fieldnames or []]
-            reader.fieldnames = columns
-            # A short row leaves None, a long one a list under None.
-            rows = [{c: (row[c] or "").strip() for c in columns} for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+def read_number(path: str | Path, column: str, fold_prefix: str = "fold_") -> Numbers:
+    """Reads one column of a label table as a number.
+
+    Args:
+        path, fold_prefix: as in `read_labels`.
+        column: decimal numbers with a point, or blank.
+
+    Raises:
+        UserError: see `tables.open_table` and `Table.common`; no such column, a cell that is no finite number, two
+            numbers in one case, or the same number everywhere.
+    """
+    table = tables.open_table(path)
+    table.need([column])
+    known = table.known([column])
+    values = np.array([_value(table, row, column) for row in known])
+    tables.one_per_case(table, known, [column], [[value] for value in values.tolist()])
+    if np.all(values == values[0]):
         raise UserError(
-            f"{path}: cannot be read ({error})", "Expected a CSV table in UTF-8"
-        ) from error
-    if not rows:
-        raise UserError(f"{path}: no rows", "Expected a header and one row per slide")
-    return rows, columns
+            f"{table.path}: column {column!r} is {values[0]:g} in every row",
+            "Give a column that varies",
+        )
+    return Numbers(task=column, values=values, **table.common(known, fold_prefix))
 
 
-def find(columns: list[str], names: tuple[str, ...], notes: list[str]) -> str | None:
-    found = next((name for name in names if name in columns), None)
-    if found not in (None, names[0]):
-        notes.append(f"column {found!r} read as {names[0]}")
-    return found
+def read_multilabel(
+    path: str | Path, columns: Sequence[str], fold_prefix: str = "fold_"
+) -> MultiLabel:
+    """Reads several columns of a label table as labels that may hold together.
 
+    Args:
+        path, fold_prefix: as in `read_labels`.
+        columns: each 0 or 1, or words for them (`NO`, `YES`), or blank where it is not known.
 
-def stem(slide: str) -> str:
-    """`a.svs` is slide `a`; a dot that begins no known suffix belongs to the name (TCGA)."""
-    return (
-        slide[: -len(Path(slide).suffix)] if Path(slide).suffix.lower() in SLIDE_SUFFIXES else slide
-    )
-
-
-def no_duplicates(path: Path, slide_ids: list[str]) -> None:
-    for first, second in itertools.pairwise(slide_ids):
-        if first == second:
+    Raises:
+        UserError: see `tables.open_table` and `Table.common`; no such column, a column twice, a cell that is neither
+            0, 1 nor blank, slides of one case that differ, or a column that is not both 0 and 1 somewhere.
+    """
+    names = list(columns)
+    if not names or len(set(names)) < len(names):
+        raise UserError(
+            f"labels {'+'.join(names) or 'without a name'}", "Name one or more columns, each once"
+        )
+    table = tables.open_table(path)
+    table.need(names)
+    known = table.known(names)
+    values = [[_holds(table, row, name) for name in names] for row in known]
+    tables.one_per_case(table, known, names, values)
+    for name, column in zip(names, zip(*values, strict=True), strict=True):
+        found = sorted({value for value in column if value is not None})
+        if len(found) < 2:
+            held = f"{found[0]} wherever known" if found else "blank in every row"
             raise UserError(
-                f"{path}: slide {first!r} has more than one row", "Keep one row per slide"
+                f"{table.path}: label {name!r} is {held}",
+                "Leave it out: nothing can be learnt or judged without both 0 and 1",
             )
+    array = np.array(values, float)  # None becomes NaN
+    return MultiLabel("+".join(names), names, values=array, **table.common(known, fold_prefix))
 
 
-def _one_label_per_case(path: Path, task: str, cases: list[str], values: list[str]) -> None:
-    seen: dict[str, str] = {}
-    for case, value in zip(cases, values, strict=True):
-        if seen.setdefault(case, value) != value:
-            raise UserError(
-                f"{path}: case {case!r} has {task} {seen[case]!r} on one slide and {value!r} on another",
-                "Give all slides of a case one label, or give the slides different case ids",
-            )
+def _alike(values: Sequence[str]) -> list[str]:
+    """Numbers in one spelling; text stays."""
+    found = [(value, tables.number(value)) for value in values]
+    return [value if x is None else f"{x + 0.0:.15g}" for value, x in found]
 
 
-def _is_number(value: str) -> bool:
-    try:
-        return np.isfinite(float(value)).item()
-    except ValueError:
-        return False
+def _in_order(name: str) -> tuple[bool, float, str]:
+    """Numbers first and by size, then text."""
+    value = tables.number(name)
+    return value is None, value or 0.0, name
 
 
-def _numbers_alike(values: list[str]) -> list[str]:
-    """1, 1.0 and 01 are one class where every label is a number."""
-    return [f"{float(v):g}" for v in values] if all(map(_is_number, values)) else values
+def _value(table: tables.Table, row: tables.Row, column: str) -> float:
+    cell = row.cells[column]
+    value = tables.number(cell)
+    if value is None:
+        comma = re.fullmatch(r"[+-]?\d*,\d+", cell)
+        raise UserError(
+            f"{table.path}: {column} of slide {row.slide!r} is {cell!r}",
+            f"Write the number with a decimal point, {cell.replace(',', '.')}"
+            if comma
+            else "Expected a finite number, or blank",
+        )
+    return value
 
 
-def fold_columns(
-    path: Path, rows: list[dict[str, str]], columns: list[str], prefix: str
-) -> dict[str, list[str]]:
-    if not prefix:
-        return {}
-    numbered = [c for c in columns if re.fullmatch(re.escape(prefix) + r"\d+", c)]
-    folds: dict[str, list[str]] = {}
-    for column in sorted(numbered, key=lambda c: int(c[len(prefix) :])):
-        values = [row[column].lower() for row in rows]
-        for value, row in zip(values, rows, strict=True):
-            if value not in PARTS:
-                raise UserError(
-                    f"{path}: {column} of slide {row['/slide']!r} is {value!r}",
-                    "Expected train, val, test or blank",
-                )
-        folds[column] = [PARTS[value] for value in values]
-    single = prefix.rstrip("_")
-    if not folds and single in columns:
-        values = [row[single] for row in rows]
-        for value, row in zip(values, rows, strict=True):
-            if not re.fullmatch(r"\d+", value):
-                raise UserError(
-                    f"{path}: {single} of slide {row['/slide']!r} is {value!r}",
-                    "Expected the number of the fold in which it is tested, from 0",
-                )
-        for number in sorted({int(value) for value in values}):
-            folds[f"{single} {number}"] = [
-                "test" if int(value) == number else "train" for value in values
-            ]
-    return folds
+def _holds(table: tables.Table, row: tables.Row, column: str) -> int | None:
+    cell = row.cells[column].lower()
+    if tables.is_blank(cell):
+        return None
+    if cell not in YES | NO:
+        raise UserError(
+            f"{table.path}: {column} of slide {row.slide!r} is {row.cells[column]!r}",
+            f"Expected blank, or one of {', '.join(sorted(NO))}; {', '.join(sorted(YES))}",
+        )
+    return int(cell in YES)

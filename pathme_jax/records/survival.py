@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from pathme_jax.errors import UserError
-from pathme_jax.records import labels
+from pathme_jax.records import tables
+from pathme_jax.records.tables import Row
 
 MONTH = 365.25 / 12  # days
 MONTHS = {"days": 1 / MONTH, "months": 1.0, "years": 12.0}
@@ -39,7 +40,7 @@ class Survival:
         task: the endpoint.
         time: (n,) months; event: (n,) int, 1 happened, 0 censored.
         slide_ids, case_ids: (n,) text.
-        folds: the user's fold columns, as `records.labels.Labels`.
+        folds: the user's fold columns, as `records.labels.Labels`; see `records.tables`.
         unlabelled: slides of the table with neither time nor event.
         notes: which columns were taken for what, for the user to see.
     """
@@ -75,7 +76,7 @@ def read_survival(
     """Reads one endpoint of a table with one row a slide.
 
     Args:
-        path: CSV, or TSV by its suffix.
+        path: the table, see `records.tables`.
         task: endpoint (os, dss, …); "" takes the columns without one, or the only one there is.
         time, event: columns, where the names do not tell them. An event column whose name speaks of censoring
             is turned round.
@@ -83,46 +84,20 @@ def read_survival(
         fold_prefix: as in `records.labels.read_labels`.
 
     Raises:
-        UserError: columns not recognised or more than one candidate; a time that is not above zero; a status word not
-            known; event and censorship that contradict each other, or slides of one case that do.
+        UserError: see `tables.open_table` and `Table.common`; columns not recognised or more than one candidate; a
+            time that is not above zero; a status word not known; event and censorship that contradict each other, or
+            slides of one case that do.
     """
-    path = Path(path)
-    rows, names = labels.read(path)
-    notes: list[str] = []
-    case = labels.find(names, labels.CASE_COLUMNS, notes)
-    slide = labels.find(names, labels.SLIDE_COLUMNS, notes)
-    if case is None and slide is None:
-        raise UserError(
-            f"{path}: neither a case nor a slide column among {', '.join(names)}",
-            f"Name them {labels.CASE_COLUMNS[0]} and {labels.SLIDE_COLUMNS[0]}",
-        )
-    for row in rows:
-        row["/slide"] = labels.stem(row[slide or case or ""])
-        row["/case"] = row[case] if case else row["/slide"]
-    rows = sorted((row for row in rows if row["/slide"]), key=lambda row: row["/slide"])
-    labels.no_duplicates(path, [row["/slide"] for row in rows])
-
-    task, chosen = _choose(path, names, task, time, event)
-    found_unit = _unit(path, chosen.time[0], unit)
-    notes.append(_told(chosen, found_unit))
-    used = chosen.time + chosen.event + chosen.censored
-    blank = [row for row in rows if all(row[c].lower() in labels.MISSING for c in used)]
-    known = [row for row in rows if not all(row[c].lower() in labels.MISSING for c in used)]
-    if not known:
-        raise UserError(f"{path}: {', '.join(used)} are blank in every row", "Fill in the times")
-    times = np.array([_months(path, row, chosen.time[0], found_unit) for row in known])
-    events = np.array([_happened(path, row, chosen) for row in known])
-    _one_per_case(path, known, times, events)
-    return Survival(
-        task=task,
-        time=times,
-        event=events,
-        slide_ids=[row["/slide"] for row in known],
-        case_ids=[row["/case"] for row in known],
-        folds=labels.fold_columns(path, known, names, fold_prefix),
-        unlabelled=[row["/slide"] for row in blank],
-        notes=notes,
-    )
+    table = tables.open_table(path)
+    task, chosen = _choose(table.path, table.columns, task, time, event)
+    found_unit = _unit(table.path, chosen.time[0], unit)
+    table.notes.append(_told(chosen, found_unit))
+    known = table.known([*chosen.time, *chosen.event, *chosen.censored])
+    times = np.array([_months(table.path, row, chosen.time[0], found_unit) for row in known])
+    events = np.array([_happened(table.path, row, chosen) for row in known])
+    names = [chosen.time[0], (chosen.event + chosen.censored)[0]]
+    tables.one_per_case(table, known, names, list(zip(times, events, strict=True)))
+    return Survival(task=task, time=times, event=events, **table.common(known, fold_prefix))
 
 
 def endpoints(names: list[str]) -> dict[str, _Columns]:
@@ -193,58 +168,41 @@ def _told(chosen: _Columns, unit: str) -> str:
     return f"time: {time}; event: {event}{both}"
 
 
-def _months(path: Path, row: dict[str, str], column: str, unit: str) -> float:
-    try:
-        value = float(row[column])
-    except ValueError:
-        value = float("nan")
-    if not (np.isfinite(value) and value > 0):
+def _months(path: Path, row: Row, column: str, unit: str) -> float:
+    value = (tables.number(row.cells[column]) or 0.0) * MONTHS[unit]
+    if not 0 < value < np.inf:
         raise UserError(
-            f"{path}: {column} of patient {row['/case']!r} (slide {row['/slide']!r}) is {row[column]!r}",
+            f"{path}: {column} of patient {row.case!r} (slide {row.slide!r}) is {row.cells[column]!r}",
             "Expected a time above 0; correct it, or blank both time and event to leave the patient out",
         )
-    return value * MONTHS[unit]
+    return value
 
 
-def _happened(path: Path, row: dict[str, str], chosen: _Columns) -> int:
+def _happened(path: Path, row: Row, chosen: _Columns) -> int:
     said = {column: _status(path, row, column, YES, NO) for column in chosen.event}
     said |= {
         column: _status(path, row, column, NO_CENSORED, YES_CENSORED) for column in chosen.censored
     }
     if len(set(said.values())) > 1:
-        told = " and ".join(f"{column} {row[column]!r}" for column in said)
+        told = " and ".join(f"{column} {row.cells[column]!r}" for column in said)
         raise UserError(
-            f"{path}: patient {row['/case']!r} (slide {row['/slide']!r}) has {told}, which contradict each other",
+            f"{path}: patient {row.case!r} (slide {row.slide!r}) has {told}, which contradict each other",
             "An event is not censored: correct one of the columns, or remove it",
         )
     return next(iter(said.values()))
 
 
-def _status(path: Path, row: dict[str, str], column: str, yes: set[str], no: set[str]) -> int:
-    word = row[column].lower()
+def _status(path: Path, row: Row, column: str, yes: set[str], no: set[str]) -> int:
+    word = row.cells[column].lower()
     # cBioPortal writes number and word, which must agree to be understood.
     parts = [part.strip() for part in word.split(":")]
     for value, known in ((1, yes), (0, no)):
         if all(part in known for part in parts):
             return value
     raise UserError(
-        f"{path}: {column} of patient {row['/case']!r} (slide {row['/slide']!r}) is {row[column]!r}",
+        f"{path}: {column} of patient {row.case!r} (slide {row.slide!r}) is {row.cells[column]!r}",
         f"Expected one of {', '.join(sorted(yes | no))}",
     )
-
-
-def _one_per_case(
-    path: Path, rows: list[dict[str, str]], time: np.ndarray, event: np.ndarray
-) -> None:
-    seen: dict[str, tuple[float, int]] = {}
-    for row, t, e in zip(rows, time.tolist(), event.tolist(), strict=True):
-        if seen.setdefault(row["/case"], (t, e)) != (t, e):
-            first = seen[row["/case"]]
-            raise UserError(
-                f"{path}: patient {row['/case']!r} has time {first[0]:g} months, event {first[1]} on one slide and "
-                f"{t:g}, {e} on another",
-                "Give all slides of a patient one time and event",
-            )
 
 
 def quantile_edges(time: np.ndarray, event: np.ndarray, bins: int = 4) -> np.ndarray:

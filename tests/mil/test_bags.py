@@ -6,8 +6,10 @@ import pytest
 
 from pathme_jax.errors import UserError
 from pathme_jax.mil.bags import load, make_bags, with_parents
+from pathme_jax.mil.outcomes import Classes
+from pathme_jax.mil.table import Table
+from pathme_jax.mil.tasks import Task
 from pathme_jax.records.features import PROMPT, SPATIAL, Bag, coordinate_attrs, write_features
-from pathme_jax.records.labels import Labels
 
 
 def bag(grid, features, mpp=0.5, kind=None):
@@ -30,8 +32,9 @@ def write(folder, slide_id, m=3, d=4, mpp=0.5, value=0.0):
 
 def labels(slides, cases=None, values=None):
     n = len(slides)
-    y = np.array(values if values else [i % 2 for i in range(n)])
-    return Labels("y", ["0", "1"], slides, cases or slides, y, {}, [], [])
+    y = np.array(values if values else [i % 2 for i in range(n)], float)
+    outcome = Classes(Task("y", "classes", ("0", "1")))
+    return Table(slides, cases or slides, [outcome], [y[:, None]], {}, [], [])
 
 
 def test_an_instance_gets_the_parent_it_lies_in():
@@ -101,8 +104,8 @@ def test_a_case_bag_pools_its_slides(tmp_path):
     slides = load(tmp_path, table).slides
     assert [len(each.features) for each in make_bags(slides, table, "slide")] == [2, 3, 4]
     pooled = make_bags(slides, table, "case")
-    assert [(each.case_id, each.label, each.slide_id) for each in pooled] == [
+    assert [(each.case_id, each.row, each.slide_id) for each in pooled] == [
         ("p", 0, "a;c"),
         ("q", 1, "b"),
     ]
-    assert pooled[0].features[:, 0].tolist() == [0, 0, 2, 2, 2, 2]
+    assert np.asarray(pooled[0].features)[:, 0].tolist() == [0, 0, 2, 2, 2, 2]

@@ -17,23 +17,23 @@ def test_packing_keeps_every_instance_in_few_sizes(lengths):
     assert len(buckets) <= 16
     assert sorted(np.concatenate([b.index for b in buckets]).tolist()) == list(range(len(bags)))
     for bucket in buckets:
-        for i, x, mask in zip(bucket.index, bucket.features, bucket.mask, strict=True):
+        bags_of = bucket.arrays()
+        for i, x, mask in zip(bucket.index, bags_of.features, bags_of.mask, strict=True):
             assert mask.sum() == lengths[i] and (x[mask] == i + 1).all() and not x[~mask].any()
 
 
 def test_uneven_bags_do_not_pad_to_the_largest():
     bags = [np.ones((n, 1), np.float32) for n in [8000] + [500] * 39]
-    padded = sum(bucket.mask.size for bucket in pack(bags))
+    padded = sum(bucket.arrays().mask.size for bucket in pack(bags))
     assert padded < 1.25 * sum(map(len, bags))
 
 
 def test_a_large_bag_is_sampled_the_same_way_every_time():
     large = np.arange(100, dtype=np.float32)[:, None]
-    (first,), (second,) = pack([large], most=10, seed=1), pack([large], most=10, seed=1)
+    first, second, other = (pack([large], most=10, seed=s)[0].arrays() for s in (1, 1, 2))
     np.testing.assert_array_equal(first.features, second.features)
     chosen = first.features[first.mask][:, 0]
     assert len(set(chosen.tolist())) == 10
-    (other,) = pack([large], most=10, seed=2)
     assert set(other.features[other.mask][:, 0].tolist()) != set(chosen.tolist())
 
 
@@ -52,10 +52,12 @@ def test_packed_bags_are_the_bags():
     packed = pack(bags, cells)
     assert sorted(i for b in packed for i in b.index.tolist()) == [0, 1, 2, 3]
     for bucket in packed:
+        all_, some = bucket.arrays(), bucket.arrays([len(bucket.index) - 1, 0])
+        np.testing.assert_array_equal(some.features[1], all_.features[0])
+        np.testing.assert_array_equal(some.mask[0], all_.mask[-1])
         for row, i in enumerate(bucket.index):
-            np.testing.assert_array_equal(bucket.features[row][bucket.mask[row]], bags[i])
-            np.testing.assert_array_equal(bucket.cells[row][bucket.mask[row]], cells[i])
-    assert waste(packed) == sum(b.mask.size for b in packed) / 151
-    (first,), (second,) = (pack([bags[0]], most=10, seed=1) for _ in range(2))
-    np.testing.assert_array_equal(first.features, second.features)
-    assert first.mask.sum() == 10
+            mask = all_.mask[row]
+            np.testing.assert_array_equal(all_.features[row][mask], bags[i])
+            np.testing.assert_array_equal(all_.cells[row][mask], cells[i])
+    assert waste(packed) == sum(b.arrays().mask.size for b in packed) / 151
+    assert all(bucket.size % 4 == 0 for bucket in pack(bags, multiple=4))

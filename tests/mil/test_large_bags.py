@@ -22,14 +22,14 @@ def test_members_that_hold_a_bag_out_are_left_out_of_its_step(monkeypatch):
     members = Members(
         parts,
         np.tile(labels.astype(np.float32), (8, 1))[..., None],
-        (parts == TRAIN).astype(np.float32),
+        (parts == TRAIN).astype(np.float32)[..., None],
         np.arange(8) % 2,
         np.full(8, 1e-3),
         np.full(8, 1e-2),
     )
     packed = pack(bags)
     assert [population._active(members, b, 1, 1) for b in packed] == [
-        6 if b.mask.shape[1] > 256 else 8 for b in packed
+        6 if b.size > 256 else 8 for b in packed
     ]
     head, tasks = (
         make("abmil", 2, dict(hidden=16, attention=8)),

@@ -4,6 +4,7 @@ import csv
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -12,9 +13,12 @@ import pytest
 from pathme_jax import mil_train
 from pathme_jax.errors import UserError
 from pathme_jax.files import read_json
-from pathme_jax.mil import crossval
+from pathme_jax.mil import crossval, saved
+from pathme_jax.mil.heads import make
+from pathme_jax.mil.population import Population
 from pathme_jax.mil.run import run
-from pathme_jax.records.features import coordinate_attrs, write_features
+from pathme_jax.mil.tasks import Task, Tasks
+from pathme_jax.records.features import coordinate_attrs, read_features, write_features
 
 # One shape for nearly all tests, so that the step is compiled once a process.
 QUICK = {"epochs": 12, "folds": 2, "learning_rate": 5e-3, "hidden": 16, "attention": 8}
@@ -45,7 +49,8 @@ def make_cohort(folder, cases=14, per_case=2, d=6, recipe="12345678", signal=5.0
 
 
 def quick(folder, out="out", **more):
-    return run(folder / "features", folder / "labels.csv", "y", folder / out, **(QUICK | more))
+    found = run(folder / "features", folder / "labels.csv", "y", folder / out, **(QUICK | more))
+    return found["y"]
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +63,13 @@ def found(cohort):
     return quick(cohort, colour=cohort / "colour.csv", name="20x")
 
 
+def run_of(found):
+    return Path(found["folder"]).parent
+
+
 def rows_of(found, name):
-    with open(f"{found['folder']}/{name}", newline="") as file:
+    home = run_of(found) if name == "history.csv" else Path(found["folder"])
+    with open(home / name, newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -89,7 +99,7 @@ def test_every_slide_is_predicted_once_by_a_model_that_did_not_see_its_patient(f
 
 def test_attention_lies_beside_its_coordinates(cohort, found):
     with (
-        h5py.File(f"{found['folder']}/attention/s05.h5") as file,
+        h5py.File(run_of(found) / "attention" / "s05.h5") as file,
         h5py.File(cohort / "features" / "s05.h5") as source,
     ):
         attention = np.asarray(file["attention"])
@@ -125,11 +135,8 @@ def test_another_recipe_goes_beside(tmp_path):
         "case_id,slide_id,y\nc0,s00,b\nc1,s01,b\nc2,s02,a\nc3,s03,a\n"
     )
     relabelled = quick(tmp_path, epochs=1)
-    folders = [each["folder"] for each in (first, seeded, extracted, relabelled)]
-    assert len(set(folders)) == 4
-    assert sorted(p.name for p in (tmp_path / "out" / "y").iterdir()) == sorted(
-        folder.split("/")[-1] for folder in folders
-    )
+    folders = {run_of(each) for each in (first, seeded, extracted, relabelled)}
+    assert len(folders) == 4 and set((tmp_path / "out").iterdir()) == folders
 
 
 def test_a_run_done_again_from_nothing_is_equal_to_the_byte(tmp_path):
@@ -139,7 +146,7 @@ def test_a_run_done_again_from_nothing_is_equal_to_the_byte(tmp_path):
     for path in sorted(p for p in (tmp_path / "out").rglob("*") if p.suffix in (".json", ".csv")):
         if path.name != "run.json":
             kept[path] = path.read_bytes()
-    assert len(kept) == 4
+    assert len(kept) == 5
     shutil.rmtree(tmp_path / "out")
     assert quick(tmp_path, epochs=2) == first
     assert {path: path.read_bytes() for path in kept} == kept
@@ -151,7 +158,7 @@ def test_a_run_that_died_leaves_nothing_that_looks_done(tmp_path, monkeypatch):
         broken.setattr(crossval, "write_history", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             quick(tmp_path, epochs=1)
-    assert list((tmp_path / "out" / "y").iterdir()) == []
+    assert list((tmp_path / "out").iterdir()) == []
     assert quick(tmp_path, epochs=1)["cases"] == 6
 
 
@@ -162,7 +169,7 @@ def test_case_bags_and_three_classes(tmp_path):
     rows = rows_of(found, "predictions.csv")
     assert len(rows) == 9 and rows[0]["slide_id"].count(";") == 1
     assert found["rows"]["head"]["auroc"] > 0.8
-    with h5py.File(f"{found['folder']}/attention/s00.h5") as file:
+    with h5py.File(run_of(found) / "attention" / "s00.h5") as file:
         assert 0 < np.asarray(file["attention"]).sum() < 1  # the case's sum to one
 
 
@@ -196,6 +203,76 @@ def test_slides_left_out_are_listed_and_the_rest_is_judged(tmp_path):
     assert [problem["slide_id"] for problem in found["problems"]] == ["s05"]
     assert found["no_label"] == ["unlabelled"] and found["blank_label"] == ["s09"]
     assert found["slides"] == 5 and found["folds"] == 2
+
+
+def test_heads_that_vote_are_averaged_and_kept(tmp_path):
+    """Three heads a fold: their mean is written, and each of them is kept for `predict`."""
+    make_cohort(tmp_path, cases=8, per_case=1)
+    found = quick(tmp_path, seeds=3, epochs=6)
+    heads = saved.load(run_of(found) / "heads")
+    assert (heads.about["folds"], heads.about["seeds"]) == (2, 3)
+    slide = read_features(tmp_path / "features" / "s03.h5")
+    answer = heads.answer(slide.features, slide.grid)
+    (row,) = [row for row in rows_of(found, "predictions.csv") if row["slide_id"] == "s03"]
+    fold = int(row["fold"])
+    mean = heads.scores(answer, "y")[3 * fold : 3 * fold + 3].mean(0)
+    assert mean[1] == pytest.approx(float(row["score_b"]), abs=1e-5)
+
+
+def test_attention_of_a_class_is_shown_only_by_heads_that_have_one_a_class():
+    """Two heads of ABMIL are not two classes'."""
+    tasks = Tasks((Task("os", "cox"), Task("y", "classes", ("a", "b"))))
+    rows, logits = np.array([[1.0, 0], [0, 0], [0, 1]]), np.array([5.0, 0, 1])
+    for name, expected in (("clam_mb", [0, 1]), ("abmil", [1 / 3, 1 / 3])):
+        head = make(name, 3, dict(hidden=4, attention=4))
+        fitted = Population(head, tasks, {}, np.zeros(0), np.zeros(0), np.zeros(0))
+        np.testing.assert_allclose(crossval.shown_attention(fitted, rows, logits), expected)
+
+
+def test_tasks_learned_together_and_slides_that_know_only_some(tmp_path):
+    """A class, two labels, a number and a time to event, all told by the same instances; each blank somewhere."""
+    make_cohort(tmp_path, cases=40, per_case=1)
+    rng = np.random.default_rng(0)
+    lines = ["case_id,slide_id,y,er,pr,hrd,os_months,os_event"]
+    for i in range(40):
+        other, months = rng.integers(2), rng.exponential(30 if i % 2 else 3) + 0.1
+        values = ["ab"[i % 2], i % 2, other, i % 2 + 0.1 * rng.normal(), round(months, 2), 1]
+        values[i % 4] = "" if i % 7 == 0 and i % 4 < 4 else values[i % 4]
+        lines.append(",".join(map(str, [f"c{i}", f"s{i:02}", *values])))
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+    specs = "y,labels:er+pr,number:hrd,cox:os"
+    args = (tmp_path / "features", tmp_path / "labels.csv", specs, tmp_path / "out")
+    found = run(*args, **(QUICK | dict(batch=8, epochs=25)))
+    assert set(found) == {"y", "er+pr", "hrd", "os"}
+    head = {task: each["rows"]["head"] for task, each in found.items()}
+    assert head["y"]["auroc"] > 0.9 and head["hrd"]["pearson"] > 0.8 and head["os"]["c_index"] > 0.6
+    assert head["er+pr"]["labels"]["er"] > 0.9 and 0.2 < head["er+pr"]["labels"]["pr"] < 0.8
+    assert found["y"]["cases"] < 40 and found["hrd"]["cases"] < 40
+    assert len(rows_of(found["hrd"], "predictions.csv")) == found["hrd"]["cases"]
+    truth = [float(row["truth"]) for row in rows_of(found["hrd"], "cases.csv")]
+    said = [float(row["prediction"]) for row in rows_of(found["hrd"], "cases.csv")]
+    assert np.mean(np.abs(np.subtract(truth, said))) < 0.4  # in its own units
+    for each in found.values():
+        low, high = each["rows"]["shuffled"]["interval"]
+        assert low < (0 if each["measure"] == "pearson" else 0.5) + 0.15 or high < 0.9
+
+
+def test_features_that_do_not_fit_are_read_again_and_change_nothing(tmp_path):
+    make_cohort(tmp_path, cases=8, per_case=2)
+    kept = quick(tmp_path, epochs=3, bag="case")
+    again = quick(tmp_path, "small", epochs=3, bag="case", host_gb=1e-9, device_gb=1e-9)
+    assert again["rows"] == kept["rows"]
+    assert rows_of(again, "predictions.csv") == rows_of(kept, "predictions.csv")
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [("grades:y", "unknown kind 'grades'"), ("y,y", "two tasks called 'y'")],
+)
+def test_a_task_that_is_not_understood_is_named(tmp_path, task, said):
+    make_cohort(tmp_path, cases=3, per_case=1)
+    with pytest.raises(UserError, match=said):
+        run(tmp_path / "features", tmp_path / "labels.csv", task, tmp_path / "out")
 
 
 def test_no_signal_is_near_one_half_on_average(tmp_path):

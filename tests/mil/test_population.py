@@ -12,9 +12,10 @@ import jax
 import numpy as np
 import pytest
 
+from pathme_jax.errors import UserError
 from pathme_jax.evaluation.auroc import auroc
 from pathme_jax.mil import population
-from pathme_jax.mil.baselines import logistic
+from pathme_jax.mil.baselines import logistic, standardised
 from pathme_jax.mil.buckets import pack
 from pathme_jax.mil.crossval import bag_weights
 from pathme_jax.mil.folds import TEST, TRAIN, VALIDATION, stratified
@@ -29,7 +30,7 @@ HEAD = make("abmil", 2, dict(hidden=64, attention=32, dropout=0.25))
 def members_of(parts, labels, cases, seeds=1):
     """Every row of `parts` with each of `seeds` first weights."""
     each = np.repeat(np.arange(len(parts)), seeds)
-    weights = np.array([bag_weights(part, labels, cases) for part in parts])
+    weights = np.array([bag_weights(part, labels, cases) for part in parts])[..., None]
     targets = np.tile(labels.astype(np.float32), (len(each), 1))[..., None]
     count = len(each)
     return Members(
@@ -74,7 +75,13 @@ def test_planted_instances_are_found_where_the_mean_hides_them(cohort):
     logits, attention = predict(population, pack(bags), pairs)
     scores = TASKS.each[0].predict(logits)
     own = np.array([bag.mean(0) for bag in bags])
-    mean_pool = logistic(own, members.targets[..., 0].astype(int), members.weights, 2, pairs)
+    mean_pool = np.zeros((len(pairs), 2))
+    for row in range(len(members)):
+        mine = pairs[:, 0] == row
+        weights = members.weights[row, :, 0]
+        train = weights > 0
+        said = logistic(standardised(own, train), train, labels[train], weights[train], 2)
+        mean_pool[mine] = said[pairs[mine, 1]]
     truth, folds = labels[pairs[:, 1]], pairs[:, 0]
     assert auroc(scores, truth, folds) > 0.95
     assert auroc(mean_pool, truth, folds) < 0.75
@@ -82,15 +89,6 @@ def test_planted_instances_are_found_where_the_mean_hides_them(cohort):
     assert on_planted[truth == 1].mean() > 0.4 > 0.1 > on_planted[truth == 0].mean()
     np.testing.assert_allclose([a.sum() for a in attention], 1, atol=1e-5)
     assert [a.shape[1] for a in attention] == [len(bags[b]) for b in pairs[:, 1]]
-
-
-def test_logits_of_all_at_once_are_those_of_each(cohort):
-    bags, _, members, _, fitted = cohort
-    pairs = np.argwhere(members.parts == TEST)[::5]
-    each, _ = predict(fitted, pack(bags), pairs)
-    np.testing.assert_allclose(
-        population.test_logits(fitted, pack(bags), pairs), each, rtol=1e-4, atol=1e-4
-    )
 
 
 def test_a_member_is_the_same_alone(cohort):
@@ -194,27 +192,58 @@ def test_standardisation_is_of_the_training_bags_and_spares_constant_features():
     np.testing.assert_allclose(std, [[np.sqrt(8 / 3), 1]], rtol=1e-6)
 
 
+def test_streamed_bags_give_the_same_to_the_bit():
+    """In runs of other sizes than memory holds, with validation, and with the last batch of a bucket filled up."""
+    bags, labels, cases = planted(n=26, m=40)
+    bags = [bag[: 12 + 20 * (i % 2)] for i, bag in enumerate(bags)]
+    parts = np.where(np.arange(26) % 5 == np.arange(2)[:, None], TEST, TRAIN)
+    parts[:, 20:] = VALIDATION
+    members = members_of(parts, labels, cases)
+    kept, streamed = (
+        fit(HEAD, TASKS, pack(bags), members, Schedule(3, 4), resident=size, progress=False)
+        for size in (None, 0)
+    )
+    np.testing.assert_array_equal(streamed.losses, kept.losses)
+    np.testing.assert_array_equal(streamed.history, kept.history)
+    for one, other in zip(
+        jax.tree.leaves(kept.params), jax.tree.leaves(streamed.params), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_eight_devices_end_where_one_does(tmp_path: Path):
-    """Six members on eight fake devices, two of them idle, from the same state."""
+    """Six members on eight fake devices, two of them idle; and on 2 x 4, where four share the instances of a bag."""
     code = (
         "import sys, numpy as np; sys.path[:0] = [sys.argv[2]]; import test_population as t\n"
+        "spread = int(sys.argv[3])\n"
         "bags, labels, cases = t.planted(n=16)\n"
         "parts = np.where(np.arange(16) % 4 == np.arange(3)[:, None], t.TEST, t.TRAIN)\n"
-        "got = t.fitted(bags, t.members_of(parts, labels, cases, seeds=2), t.Schedule(2, batch=2))\n"
-        "np.savez(sys.argv[1], losses=got.losses, kernel=got.params['embed']['kernel'])\n"
+        "parts[:, 12:] = np.where(parts[:, 12:] == t.TRAIN, t.VALIDATION, t.TEST)\n"
+        "packed = t.pack(bags, multiple=spread)\n"
+        "got = t.fit(t.HEAD, t.TASKS, packed, t.members_of(parts, labels, cases, seeds=2),\n"
+        "    t.Schedule(2, batch=2), instances=spread, progress=False)\n"
+        "np.savez(sys.argv[1], losses=got.losses, history=got.history,\n"
+        "    kernel=got.params['embed']['kernel'])\n"
     )
     found = []
-    for devices in (1, 8):
-        out = tmp_path / f"{devices}.npz"
+    for devices, spread in ((1, 1), (8, 1), (8, 4)):
+        out = tmp_path / f"{devices}-{spread}.npz"
         flags = f"--xla_force_host_platform_device_count={devices}"
         subprocess.run(
-            [sys.executable, "-c", code, str(out), str(Path(__file__).parent)],
+            [sys.executable, "-c", code, str(out), str(Path(__file__).parent), str(spread)],
             env={**os.environ, "XLA_FLAGS": flags},
             check=True,
         )
         found.append(np.load(out))
-    np.testing.assert_allclose(found[1]["losses"], found[0]["losses"], atol=1e-5)
-    np.testing.assert_allclose(found[1]["kernel"], found[0]["kernel"], rtol=1e-3, atol=1e-4)
+    for other in found[1:]:
+        np.testing.assert_allclose(other["losses"], found[0]["losses"], atol=1e-5)
+        np.testing.assert_allclose(other["history"], found[0]["history"], atol=1e-5)
+        np.testing.assert_allclose(other["kernel"], found[0]["kernel"], rtol=1e-3, atol=1e-4)
+
+
+def test_more_devices_a_bag_than_there_are_are_refused():
+    with pytest.raises(UserError, match="spread over 3 devices"):
+        population.mesh_of(3)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +251,6 @@ def test_eight_devices_end_where_one_does(tmp_path: Path):
     [("depth=2", "abmil has no 'depth'"), ("heads=many", "not int"), ("gated=maybe", "not bool")],
 )
 def test_a_wrong_option_of_a_head_is_named(options, said):
-    from pathme_jax.errors import UserError
 
     with pytest.raises(UserError, match=said):
         make("abmil", 2, {}, options)

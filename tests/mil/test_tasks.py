@@ -45,7 +45,7 @@ def test_a_number_is_a_squared_error():
 
 
 def test_hazards_are_the_discrete_likelihood_of_bin_and_event():
-    task, logits = Task("os", "hazards", bins=4), rng.normal(size=(4, 4)).astype(np.float32)
+    task, logits = Task("os", "nll", bins=4), rng.normal(size=(4, 4)).astype(np.float32)
     target = np.array([[0, 1], [3, 0], [1, 1], [2, 1]])
     each = survival.discrete_nll(
         jnp.asarray(logits), jnp.asarray(target[:, 0]), jnp.asarray(target[:, 1])
@@ -66,11 +66,12 @@ def test_cox_takes_the_batch_for_its_risk_set():
 
 
 def test_several_tasks_stand_side_by_side():
-    tasks = Tasks((Task("os", "hazards", bins=3), Task("y", "classes", ("a", "b"))))
+    tasks = Tasks((Task("os", "nll", bins=3), Task("y", "classes", ("a", "b"))))
     logits, target = rng.normal(size=(4, 5)), np.array([[0, 1, 1], [2, 0, 0], [1, 1, 1], [1, 0, 0]])
-    parts = loss(tasks.each[0], logits[:, :3], target[:, :2])
-    parts += loss(tasks.each[1], logits[:, 3:], target[:, 2:])
-    found = tasks.loss(*(jnp.asarray(x, jnp.float32) for x in (logits, target, WEIGHT)))
+    weights = np.stack([WEIGHT, WEIGHT[::-1]], 1)
+    parts = loss(tasks.each[0], logits[:, :3], target[:, :2], weights[:, 0])
+    parts += loss(tasks.each[1], logits[:, 3:], target[:, 2:], weights[:, 1])
+    found = tasks.loss(*(jnp.asarray(x, jnp.float32) for x in (logits, target, weights)))
     assert float(found) == pytest.approx(parts, rel=1e-5)
     assert (tasks.outputs, tasks.width) == (5, 3)
     np.testing.assert_array_equal(tasks.label(jnp.asarray(target)), target[:, 2])
@@ -78,6 +79,6 @@ def test_several_tasks_stand_side_by_side():
 
 def test_a_head_that_needs_a_class_is_refused_without_one():
     tasks = Tasks((Task("os", "cox"),))
-    assert not tasks.has_classes
+    assert tasks.classes is None
     with pytest.raises(UserError, match="no task with classes among os"):
         tasks.label(jnp.zeros((1, 2)))

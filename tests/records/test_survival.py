@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pathme_jax.errors import UserError
 from pathme_jax.records.survival import MONTH, bin_of, quantile_edges, read_survival
@@ -143,8 +145,55 @@ def test_slides_of_a_patient_must_agree_and_blank_rows_are_left_out(tmp_path):
     found = read_survival(path)
     assert found.unlabelled == ["s3"] and found.folds == {"fold_0": ["train", "train", "test"]}
     path = write(tmp_path / "u.csv", columns, "p,s1,4,1,train", "p,s2,6,1,train")
-    with pytest.raises(UserError, match="patient 'p' has time 4 months"):
+    with pytest.raises(
+        UserError, match="'p' has survival_months '4' on slide 's1' and '6' on 's2'"
+    ):
         read_survival(path)
+
+
+def test_two_ways_to_write_one_time_agree_and_an_event_that_differs_is_named(tmp_path):
+    columns = "case_id,slide_id,survival_months,status"
+    path = write(tmp_path / "t.csv", columns, "p,s1,4,dead", "p,s2,4.0,1:DECEASED")
+    assert read_survival(path).event.tolist() == [1, 1]
+    path = write(tmp_path / "u.csv", columns, "p,s1,4,dead", "p,s2,4,alive")
+    with pytest.raises(UserError, match="'p' has status 'dead' on slide 's1' and 'alive' on 's2'"):
+        read_survival(path)
+
+
+def test_a_patient_on_two_sides_of_a_fold_is_refused(tmp_path):
+    columns = "case_id,slide_id,survival_months,event,fold_0"
+    path = write(tmp_path / "t.csv", columns, "p,s1,4,1,train", "p,s2,4,1,test")
+    with pytest.raises(UserError, match="fold_0: patient 'p' is in both train and test"):
+        read_survival(path)
+    assert read_survival(path, fold_prefix="").folds == {}
+
+
+CASES = st.sampled_from(["a", "b", "c", ""])
+TIMES = st.sampled_from(["4", "1", "4.0", "", "2"]) | st.sampled_from(["0", "-1", "1e308", "x"])
+STATES = st.sampled_from(["1", "0", "dead", "0:LIVING", ""]) | st.sampled_from(["x", "1:LIVING"])
+
+
+@given(rows=st.lists(st.tuples(CASES, TIMES, STATES), max_size=5), random=st.randoms())
+def test_any_rows_in_any_order_are_read_alike_or_refused(tmp_path_factory, rows, random):
+    folder = tmp_path_factory.mktemp("survival")
+    rows = [(f"s{i}", *row) for i, row in enumerate(rows)]
+
+    def read(name, lines):
+        columns = "slide_id,case_id,os_years,os_event"
+        return read_survival(write(folder / name, columns, *map(",".join, lines)), "os")
+
+    shuffled = list(rows)
+    random.shuffle(shuffled)
+    try:
+        found = read("a.csv", rows)
+    except UserError:
+        with pytest.raises(UserError):
+            read("b.csv", shuffled)
+        return
+    again = read("b.csv", shuffled)
+    assert np.all(np.isfinite(found.time)) and np.all(found.time > 0)
+    assert set(found.event.tolist()) <= {0, 1} and found.slide_ids == again.slide_ids
+    assert found.time.tolist() == again.time.tolist() and found.case_ids == again.case_ids
 
 
 def test_bins_are_quartiles_of_the_uncensored_times_as_pandas_cuts_them():

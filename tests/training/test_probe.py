@@ -128,7 +128,7 @@ def test_slides_without_a_label_are_left_out(settings, tmp_path):
 
 
 def test_settings_that_do_not_fit_are_named(settings, tmp_path):
-    (tmp_path / "other.csv").write_text("case_id,slide_id,detail\na,b,0\n")
+    (tmp_path / "other.csv").write_text("case_id,slide_id,detail\na,b,0\nc,d,1\n")
     for change, message in (
         ({"split": "slide"}, "config.probe.split = 'slide'"),
         ({"multiple": 8}, "tiles of 256 x 8 px, fields of 1024 px"),
