@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import numpy as np
-
-from pathme_jax.files import atomic, read_csv, read_json
-from pathme_jax.reports import figures, words
-from pathme_jax.reports.attention import heatmaps
+from pathme_jax.reports import evidence, figures, plots, sections, words
+from pathme_jax.reports.attention import Pictures
+from pathme_jax.slides.listing import find_slides
 
 PICTURES = 12  # slides shown; the others are counted
 
@@ -26,10 +21,12 @@ class Report:
     Attributes:
         title: heading.
         synthetic: the slides are generated, and their truth known.
-        results: task → kind of bag → folder of a MIL run, in the order of the rows.
+        results: task → kind of bag → the task's folder in a slide-level run (<run>/<task>), in the order of the rows.
+        comparisons: task → rows {first, second, difference, interval, permutation_p}, named by kind of bag.
         slides: rows of slides.csv; `slide_id` names the pictures.
         overviews: folder of `<slide_id>.jpg` with the tissue outlined.
         thumbnails: folder of `<slide_id>.jpg` without, under the heatmaps.
+        whole_slides: folder or CSV of the slides themselves, which the most attended tiles are cut out of.
         errors: rows `slide_id, reason, cure`.
         training: name of a training run → its metrics.jsonl.
         recipe: settings, name → value.
@@ -40,9 +37,11 @@ class Report:
     title: str
     synthetic: bool = False
     results: dict[str, dict[str, Path]] = dataclasses.field(default_factory=dict)
+    comparisons: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
     slides: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     overviews: Path | None = None
     thumbnails: Path | None = None
+    whole_slides: Path | None = None
     errors: list[dict[str, str]] = dataclasses.field(default_factory=list)
     training: dict[str, Path] = dataclasses.field(default_factory=dict)
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -52,64 +51,25 @@ class Report:
 
 def write(path: str | Path, content: Report) -> None:
     """Writes one self-contained page: pictures inside, no script, nothing loaded from elsewhere."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    pictures = Pictures(
+        content.thumbnails or content.overviews,
+        {slide.slide_id: slide for slide in find_slides(content.whole_slides)}
+        if content.whole_slides
+        else {},
     )
-    environment.filters["image"] = _data_uri
-    tasks = [_task(name, rows, content) for name, rows in content.results.items()]
-    page = environment.get_template("page.html").render(
+    tasks = [
+        sections.task(name, rows, pictures, content.comparisons.get(name, ()))
+        for name, rows in content.results.items()
+    ]
+    sections.write(
+        path,
+        "page.html",
         report=content,
         tasks=tasks,
-        few=[task for task in tasks if task["few"]],
+        left_out=sections.left_out(tasks),
         overviews=_overviews(content),
         columns=list(dict.fromkeys(key for row in content.slides for key in row)),
         training=[_training(name, file) for name, file in content.training.items()],
-        words=words,
-    )
-    with atomic(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-
-
-def _data_uri(data: bytes) -> str:
-    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _task(name: str, rows: Mapping[str, Path], content: Report) -> dict[str, Any]:
-    metrics = {bag: read_json(Path(folder) / "metrics.json") for bag, folder in rows.items()}
-    last = list(rows)[-1]
-    any_row = metrics[last]
-    return {
-        "name": name,
-        "metrics": metrics,
-        "classes": any_row["cases_per_class"],
-        "cases": any_row["cases"],
-        "few": any(each["too_few_to_judge"] for each in metrics.values()),
-        "verdict": words.verdict(name, metrics),
-        "roc": figures.roc({bag: _roc(Path(rows[bag]), metrics[bag]) for bag in rows}),
-        "heatmap_bag": last,
-        "heatmaps": heatmaps(Path(rows[last]), any_row, content.thumbnails or content.overviews),
-        "left_out": {
-            problem["slide_id"]: problem
-            for each in metrics.values()
-            for problem in each["problems"]
-        },
-    }
-
-
-def _roc(folder: Path, metrics: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    from pathme_jax.evaluation.auroc import roc
-
-    rows = read_csv(folder / "cases.csv")
-    classes = metrics["classes"]
-    return roc(
-        np.array([[float(row[f"score_{c}"]) for c in classes] for row in rows]),
-        np.array([classes.index(row["label"]) for row in rows]),
-        np.array([int(row["fold"]) for row in rows]),
     )
 
 
@@ -136,9 +96,12 @@ def _training(name: str, file: Path) -> dict[str, Any]:
             points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
             if points:
                 steps, values = zip(*points, strict=True)
-                image = figures.curve(steps, values, words.metric_name(key))
-                ends = {"first": values[0], "last": values[-1], "bad": words.bad_sign(key)}
-                found.append({"key": key, "image": image} | ends)
+                label = words.metric_name(key)
+                alt = f"{label} over training steps, from {values[0]:.3g} to {values[-1]:.3g}"
+                drawn = evidence.Drawn(
+                    key, plots.curve(steps, values, label), alt, words.bad_sign(key) or ""
+                )
+                found.append(sections.image(drawn))
         return found
 
     return {

@@ -8,73 +8,51 @@ import cv2
 import numpy as np
 import pytest
 
-from pathme_jax.files import write_csv, write_json
-from pathme_jax.mil.bags import MilBag
-from pathme_jax.mil.outputs import write_attention
-from pathme_jax.records.features import Bag
+from pathme_jax.files import read_json, write_json
 from pathme_jax.reports import figures, words
 from pathme_jax.reports.page import Report, write
 
 
 def row(auroc, low, high):
-    return {"auroc": auroc, "interval": [low, high], "balanced_accuracy": 0.5}
+    return {"auroc": auroc, "interval": [low, high]}
 
 
-def make_run(folder, auroc=0.9, low=0.8, few=False, slides=6, **rows):
-    """The files of a MIL run that the report reads."""
-    (folder / "attention").mkdir(parents=True)
-    metrics = {
-        "task": "y", "classes": ["neg", "pos"], "cases": slides, "folds": 3,
-        "cases_per_class": {"neg": slides // 2, "pos": slides // 2},
-        "fold_source": "stratified by case", "too_few_to_judge": few,
-        "problems": [{"slide_id": "lost", "reason": "no <features>", "cure": "Extract it"}],
-        "rows": {
-            "head": row(auroc, low, 1.0), "mean_pool": row(0.7, 0.5, 0.8),
-            "shuffled": row(0.5, 0.3, 0.7), **rows,
-        },
-    }  # fmt: skip
+def amend(folder, **rows):
+    """Other numbers in a task's metrics.json."""
+    metrics = read_json(folder / "metrics.json")
+    for name, values in rows.items():
+        metrics["rows"][name] |= values
     write_json(folder / "metrics.json", metrics)
-    rng = np.random.default_rng(0)
-    table = [
-        {"case_id": f"c{i}", "slide_id": f"s{i}", "fold": i % 3, "label": ["neg", "pos"][i % 2]}
-        | {"score_neg": round(1 - score, 3), "score_pos": round(score, 3)}
-        for i, score in enumerate(rng.random(slides))
-    ]
-    for name in ("cases.csv", "predictions.csv"):
-        write_csv(folder / name, table, list(table[0]))
-    attrs = {"patch_size_level0": 256, "level0_width": 1024, "level0_height": 2048}
-    for i in range(slides):
-        coords = np.array([[0, 0], [256, 0], [0, 0]])
-        bag = Bag(f"s{i}", np.zeros((3, 1)), coords, None, np.array([0, 0, 1], np.uint8), attrs)
-        write_attention(
-            folder, [MilBag(f"c{i}", 0, i, [bag])], np.array([[0, 0]]), [np.array([0.1, 0.2, 0.7])]
-        )
-    return folder
 
 
 @pytest.fixture
-def report(tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for i in range(14):
-        cv2.imwrite(str(pictures / f"s{i}.jpg"), np.full((900, 450, 3), 200 - i, np.uint8))
+def report(tmp_path, make_run, thumbnails):
     log = tmp_path / "metrics.jsonl"
     lines = [
         {"step": s, "loss": 5 - s, "loss/koleo": 0.1, "teacher_entropy": 2.0, "grad_norm": 1.0}
         for s in range(4)
     ]
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first, last = (make_run(tmp_path / name, {"y": "classes"}) / "y" for name in ("a", "b"))
+    amend(first, head=row(0.6, 0.4, 0.8))
+    amend(last, head=row(0.9, 0.8, 1.0), mean_colour=row(0.8, 0.6, 0.9))
     return Report(
         title="A <title>",
-        results={
-            "y": {
-                "20x only": make_run(tmp_path / "a", auroc=0.6, low=0.4),
-                "PatHME": make_run(tmp_path / "b", mean_colour=row(0.8, 0.6, 0.9)),
-            }
+        results={"y": {"20x only": first, "PatHME": last}},
+        comparisons={
+            "y": [
+                {
+                    "first": "20x only",
+                    "second": "PatHME",
+                    "difference": 0.3,
+                    "interval": [-0.05, 0.41],
+                    "permutation_p": 0.0004,
+                }
+            ]
         },
         slides=[{"slide_id": f"s{i}", "state": "done"} for i in range(14)],
-        overviews=pictures,
-        thumbnails=pictures,
+        overviews=thumbnails,
+        thumbnails=thumbnails,
         errors=[{"slide_id": "bad", "reason": "no mpp", "cure": "Pass --mpp-csv"}],
         training={"Patch encoder": log},
         recipe={"mpp": 0.5},
@@ -115,7 +93,9 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path, report):
 def test_every_picture_has_words(tmp_path, report):
     write(tmp_path / "report.html", report)
     page = parsed(tmp_path / "report.html")
-    assert len(page.alts) == 12 + 2 * 4 + 1 + 3  # slides, pairs, ROC, curves
+    shown = len([alt for alt in page.alts if "coloured by rank" in alt])
+    assert shown >= 3
+    assert len(page.alts) == 12 + 2 * shown + 5 + 3  # slides, pairs, figures, curves
     assert all(alt for alt in page.alts)
 
 
@@ -132,14 +112,19 @@ def test_it_says_what_a_reader_must_know(tmp_path, report):
         "and 2 more slides",
         "stays flat at its highest value",
         "classified wrongly",
+        "Is the difference real?",
+        "+0.30 (-0.05 to +0.41)",
+        "&lt; 0.001",
+        "figures and slides are those of PatHME",
     ):
         assert sentence in text, sentence
     assert words.SYNTHETIC not in text and words.TOO_FEW not in text
 
 
-def test_synthetic_and_few_cases_are_said(tmp_path, report):
+def test_synthetic_and_few_cases_are_said(tmp_path, report, make_run):
     report.synthetic = True
-    report.results = {"y": {"20x only": make_run(tmp_path / "few", few=True)}}
+    few = make_run(tmp_path / "few", {"y": "classes"}, few=True, cases=6)
+    report.results = {"y": {"20x only": few / "y"}}
     write(tmp_path / "report.html", report)
     text = (tmp_path / "report.html").read_text()
     assert words.SYNTHETIC in text and words.TOO_FEW in text
@@ -167,8 +152,29 @@ def test_the_same_content_is_the_same_file(tmp_path, report):
     ],
 )
 def test_the_verdict_follows_the_interval(rows, expected):
-    metrics = {"PatHME": {"rows": rows, "too_few_to_judge": False, "cases": 40}}
+    one = {"rows": rows, "too_few_to_judge": False, "cases": 40}
+    one |= {"measure": "auroc", "kind": "classes"}
+    metrics = {"20x": one | {"rows": {"head": row(0.5, 0.4, 0.6)}}, "PatHME": one}
+    if rows["head"]["auroc"] is None:
+        metrics.pop("20x")
     assert expected in words.verdict("y", metrics)
+
+
+def test_a_verdict_says_where_mean_pooling_does_as_well():
+    rows = {"head": row(0.9, 0.8, 1.0), "mean_pool": row(0.91, 0.8, 1.0)}
+    one = {"rows": rows, "too_few_to_judge": False, "measure": "auroc", "kind": "classes"}
+    assert "Mean pooling does as well, 0.91" in words.verdict("y", {"20x": one})
+    rows["mean_pool"] = row(0.89, 0.8, 1.0)
+    assert "Mean pooling" not in words.verdict("y", {"20x": one})
+
+
+def test_correlations_are_held_against_zero():
+    one = {"too_few_to_judge": False, "measure": "pearson", "kind": "number"}
+    good = one | {"rows": {"head": {"pearson": 0.3, "interval": [0.1, 0.5]}}}
+    poor = one | {"rows": {"head": {"pearson": 0.3, "interval": [-0.1, 0.5]}}}
+    assert "tell the high from the low, Pearson r 0.30" in words.verdict("y", {"20x": good})
+    assert "not surely better than guessing" in words.verdict("y", {"20x": poor})
+    assert "0.30 (-0.10 to 0.50)" in words.verdict("y", {"20x": poor})
 
 
 def test_the_overlay_colours_the_tiles_where_they_are():
