@@ -27,6 +27,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--classes", default="", help="of the task, in order; default: those found")
     parser.add_argument("--splits", type=Path, help="split files instead of fold columns")
     parser.add_argument("--colour", type=Path, help="CSV slide_id,r,g,b for the mean-colour row")
+    parser.add_argument("--thumbnails", type=Path, help="<slide>.jpg, under the report's heatmaps")
+    parser.add_argument("--slides", type=Path, help="whole slides, for the report's top tiles")
     parser.add_argument("--name", help="of the bags; default: the feature folder's")
     for field in dataclasses.fields(Settings):
         parser.add_argument(
@@ -42,7 +44,9 @@ def _parser() -> argparse.ArgumentParser:
 @launcher
 def main(argv: list[str] | None = None) -> None:
     arguments = vars(_parser().parse_args(argv))
+    shown = {name: arguments.pop(name) for name in ("thumbnails", "slides")}
     from pathme_jax.mil.run import run
+    from pathme_jax.reports import slide_level
 
     found = run(parent=arguments.pop("parent_features"), **arguments)
     for task, content in found.items():
@@ -55,7 +59,11 @@ def main(argv: list[str] | None = None) -> None:
     content = next(iter(found.values()))
     for problem in content["problems"]:
         print(f"left out {problem['slide_id']}: {problem['reason']}. {problem['cure']}")
-    print(Path(content["folder"]).parent)
+    folder = Path(content["folder"]).parent
+    if not (folder / "report.html").exists():
+        slide_level.write(folder, **shown)
+    print(f"report: {folder / 'report.html'}")
+    print(folder)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pathme_jax.encoders.region_extraction import extract_regions
 from pathme_jax.errors import UserError
 from pathme_jax.files import digest, listed, provenance, read_csv, read_json, write_csv, write_json
 from pathme_jax.mil import run as mil
+from pathme_jax.mil.comparison import compare
 from pathme_jax.records import features as feature_files
 from pathme_jax.records.join import column_name, join
 from pathme_jax.slides import tile
@@ -205,6 +206,7 @@ def run(
                 tiled=tiled,
                 made=made,
                 results=results,
+                slides=slides,
                 errors=errors,
                 synthetic=synthetic,
             )
@@ -249,6 +251,21 @@ def classify(
     }
 
 
+def compared(rows: dict[str, Path]) -> list[dict[str, Any]]:
+    """What the last kind of bag gains over each of the others, where all tested the same patients."""
+    last = list(rows)[-1]
+    found = []
+    for bag in list(rows)[:-1]:
+        with contextlib.suppress(UserError):  # a slide may lack one kind of bag
+            found.append({"first": bag, "second": last, **_gain(rows[bag], rows[last])})
+    return found
+
+
+def _gain(first: Path, second: Path) -> dict[str, Any]:
+    gained = compare(first, second)
+    return {key: gained[key] for key in ("difference", "interval", "permutation_p")}
+
+
 def write_metrics(
     path: Path, settings: Settings, made: Made, results: dict, errors: list[dict[str, str]]
 ) -> bool:
@@ -284,10 +301,13 @@ def write_report(
     tiled: tile.Tiled,
     made: Made,
     results: dict,
+    slides: Path,
     errors: list[dict[str, str]],
     synthetic: bool,
 ) -> None:
     from pathme_jax.reports import page  # matplotlib is slow to import
+
+    folders = {t: {b: Path(r["folder"]) for b, r in rows.items()} for t, rows in results.items()}
 
     about = {
         "grid": tiled.grid_dir.name,
@@ -299,10 +319,12 @@ def write_report(
     content = page.Report(
         title="Synthetic two-scale tissue" if synthetic else "Slides, from tissue to prediction",
         synthetic=synthetic,
-        results={t: {b: Path(r["folder"]) for b, r in rows.items()} for t, rows in results.items()},
+        results=folders,
+        comparisons={task: compared(rows) for task, rows in folders.items()},
         slides=[{**{k: row[k] for k in shown}, "mpp": _short(row["mpp"])} for row in tiled.slides],
         overviews=tiled.grid_dir.parent / "contours",
         thumbnails=tiled.grid_dir.parent / "thumbnails",
+        whole_slides=slides,
         errors=errors,
         training={
             "Patch encoder (DINOv2)": made.patch / "metrics.jsonl",

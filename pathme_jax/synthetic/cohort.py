@@ -2,7 +2,7 @@
 
 out/recipe.json        what the cohort was made from
 out/slides/<id>.tiff   pyramidal TIFFs at 0.5 µm/px
-out/labels.csv         case_id, slide_id, detail, architecture, subtype, os_months, event
+out/labels.csv         case_id, slide_id, detail, architecture, subtype, os_months, os_event
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathme_jax.synthetic.slide import FIELD, MPP, SlideSpec, field_rows
 from pathme_jax.workers import each
 
 DRAWING = 2  # raise it with every change to what is drawn: it is part of the recipe
-COLUMNS = ["case_id", "slide_id", "detail", "architecture", "subtype", "os_months", "event"]
+COLUMNS = ["case_id", "slide_id", "detail", "architecture", "subtype", "os_months", "os_event"]
 CELLS = [(0, 0), (0, 1), (1, 0), (1, 1)]  # detail, architecture
 HAZARD = 1 / 100  # per month, with both labels 0
 RATIO = 2.2  # what each label multiplies the hazard by
@@ -105,7 +105,7 @@ def label_table(slides: int, seed: int, slides_per_case: int) -> list[dict[str, 
             "architecture": architecture,
             "subtype": detail ^ architecture,
             "os_months": max(0.1, round(min(death, censoring), 1)),
-            "event": int(death <= censoring),
+            "os_event": int(death <= censoring),
         }
         first = case * slides_per_case
         for slide in range(first, min(first + slides_per_case, slides)):

@@ -49,7 +49,7 @@ def test_label_cells_are_balanced_over_cases(slides, per_case):
     cases = collections.defaultdict(set)
     for row in rows:
         assert row["subtype"] == row["detail"] ^ row["architecture"]
-        outcome = (row["detail"], row["architecture"], row["os_months"], row["event"])
+        outcome = (row["detail"], row["architecture"], row["os_months"], row["os_event"])
         cases[row["case_id"]].add(outcome)
     assert all(len(outcomes) == 1 for outcomes in cases.values())  # one truth per case
     cells = collections.Counter(next(iter(outcomes))[:2] for outcomes in cases.values())
@@ -69,7 +69,7 @@ def test_survival_depends_on_both_labels_and_is_censored():
     rows = label_table(4000, seed=2, slides_per_case=1)
     months, event, detail, architecture = (
         np.array([row[key] for row in rows])
-        for key in ("os_months", "event", "detail", "architecture")
+        for key in ("os_months", "os_event", "detail", "architecture")
     )
     assert 0.6 < event.mean() < 0.7
     rate = {  # deaths per month at risk: the maximum-likelihood hazard
