@@ -49,7 +49,7 @@ def members(labels: np.ndarray) -> population.Members:
     return population.Members(
         parts=parts,
         targets=np.tile(labels.astype(np.float32), (len(each), 1))[..., None],
-        weights=(parts == TRAIN).astype(np.float32),
+        weights=(parts == TRAIN).astype(np.float32)[..., None],
         seeds=each % SEEDS,
         rates=np.full(len(each), 1e-4),
         decays=np.full(len(each), 1e-5),

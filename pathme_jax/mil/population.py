@@ -34,6 +34,9 @@ STEPS, BAGS = PartitionSpec(None, "members"), PartitionSpec(None, "instances")
 PART = 8192  # instances at once where their mean is taken in float64
 LARGE = 256  # instances of a bag from which on members that hold it out are not computed at all
 GROUP_BYTES = 2 << 30  # of hidden activations at once on a device; members beyond that take turns
+CPU_GROUP = (
+    4  # members at once on a CPU: their parameters stay in its cache (measured, 1.04 to 1.3 x)
+)
 
 
 @dataclasses.dataclass
@@ -137,7 +140,10 @@ def fit(
     state = put(_init(head, len(mean[0]), jnp.asarray(members.seeds)), EACH)
     feed = Feed(buckets, lambda bags: put(bags, BAGS), resident)
     group = [_group(state, bucket, schedule.batch, mesh) for bucket in buckets]
-    active = [_active(members, bucket, schedule.batch, here) for bucket in buckets]
+    active = [
+        _active(members, bucket, schedule.batch, here, at_once)
+        for bucket, at_once in zip(buckets, group, strict=True)
+    ]
     steps = sum(-(-len(bucket.index) // schedule.batch) for bucket in buckets) * schedule.epochs
     key = put(jax.random.key(schedule.seed), ALL)
 
@@ -267,14 +273,15 @@ def _group(state: Any, bucket: Bucket, batch: int, mesh: Mesh) -> int:
     hidden = params["embed"]["kernel"].shape[-1] if "embed" in params else 64
     held = 6 * 4 * batch * bucket.size // mesh.shape["instances"] * hidden
     count = len(jax.tree.leaves(params)[0]) // mesh.shape["members"]
-    return max(1, min(count, GROUP_BYTES // held))
+    most = CPU_GROUP if jax.default_backend() == "cpu" else count
+    return max(1, min(count, most, GROUP_BYTES // held))
 
 
-def _active(members: Members, bucket: Bucket, batch: int, devices: int) -> int:
+def _active(members: Members, bucket: Bucket, batch: int, devices: int, group: int) -> int:
     """How many members of a device a step must work on. Fewer than all where every bag is held out of some, and
-    large enough that taking them apart costs less than it saves."""
+    taking them apart costs less than it saves: they take turns anyway, or the bag is large."""
     here = len(members) // devices
-    if batch > 1 or bucket.size < LARGE:
+    if batch > 1 or (group == here and bucket.size < LARGE):
         return here
     training = members.weights[:, bucket.index].any(2).reshape(devices, here, -1)
     return int(training.sum(1).max())
@@ -321,22 +328,28 @@ def _run(
         seen = jax.tree.map(lambda x: x[common["places"]], bags)
         here = jax.random.fold_in(key, common["step"])
 
-        def update(one: Any) -> Any:
-            state, fixed, plan = one
-            return _update(head, tasks, seen, here, state, fixed, plan)
-
         nothing = jnp.zeros(len(plan["rate"]))
-
         some = plan["active"]
         own = {key: value for key, value in plan.items() if key != "active"}
+        update = jax.vmap(functools.partial(_update, head, tasks, seen, here))
+
+        def turn(mine: Array, carry: Any) -> Any:
+            state, loss = carry
+            new, own_loss = update(*jax.tree.map(lambda x: x[mine], (state, fixed, own)))
+            state = jax.tree.map(lambda x, y: x.at[mine].set(y), state, new)
+            return state, loss.at[mine].set(own_loss)
 
         def do(state: Any) -> Any:
-            if len(some) == len(nothing):
-                return jax.lax.map(update, (state, fixed, own), batch_size=group)
-            mine = jax.tree.map(lambda x: x[some], (state, fixed, own))
-            new, loss = jax.lax.map(update, mine, batch_size=group)
-            state = jax.tree.map(lambda x, y: x.at[some].set(y), state, new)
-            return state, nothing.at[some].set(loss)
+            if group == len(some) == len(nothing):
+                return update(state, fixed, own)
+            turns, left = divmod(len(some), group)
+            carry = jax.lax.fori_loop(
+                0,
+                turns,
+                lambda i, carry: turn(jax.lax.dynamic_slice(some, (i * group,), (group,)), carry),
+                (state, nothing),
+            )
+            return turn(some[-left:], carry) if left else carry
 
         def rest(state: Any) -> Any:
             return state, nothing

@@ -28,9 +28,10 @@ def test_members_that_hold_a_bag_out_are_left_out_of_its_step(monkeypatch):
         np.full(8, 1e-2),
     )
     packed = pack(bags)
-    assert [population._active(members, b, 1, 1) for b in packed] == [
+    assert [population._active(members, b, 1, 1, 8) for b in packed] == [
         6 if b.size > 256 else 8 for b in packed
     ]
+    assert [population._active(members, b, 1, 1, 4) for b in packed] == [6] * len(packed)
     head, tasks = (
         make("abmil", 2, dict(hidden=16, attention=8)),
         Tasks((Task("y", "classes", ("0", "1")),)),
@@ -41,6 +42,7 @@ def test_members_that_hold_a_bag_out_are_left_out_of_its_step(monkeypatch):
 
     some = losses()
     monkeypatch.setattr(population, "LARGE", 10**9)
+    monkeypatch.setattr(population, "CPU_GROUP", 8)
     everyone = losses()
     assert np.isnan(some).tolist() == np.isnan(everyone).tolist()
     np.testing.assert_allclose(some, everyone, atol=1e-4)
