@@ -136,7 +136,9 @@ def main() -> None:
     bags, labels = bags_of(args.bags)
     large = "x" in args.bags
     embed, epochs = (args.embed or (512 if large else 64),), args.epochs or (1 if large else 10)
-    of, packed = members(labels), buckets.pack(bags)
+    # Large bags are worth more compilations: a real run sees them for many epochs.
+    fine: Any = {"waste": 1.02, "sizes": 32} if large else {}
+    of, packed = members(labels), buckets.pack(bags, **fine)
     width = bags[0].shape[1]
     first = ours(packed, of, embed, epochs)
     print(

@@ -65,19 +65,22 @@ def pack(
     most: int | None = None,
     seed: int = 0,
     multiple: int = 1,
+    waste: float = WASTE,
+    sizes: int = SIZES,
 ) -> list[Bucket]:
-    """Plans bags of (m, d) features padded to at most SIZES sizes.
+    """Plans bags of (m, d) features padded to few sizes.
 
     Args:
         features: arrays, or what turns into one by `np.asarray` and has its `shape`, such as `bags.OnDisk`.
         cells: (m, 2) of each bag, or None where unknown.
         most: instances a bag keeps, drawn at random, the same in every run; None: all.
+        waste, sizes: padded instances over real ones, and how many sizes, at most.
         multiple: what sizes are multiples of: the devices the instances of a bag are spread over.
     """
     cells = cells or [None] * len(features)
     kept = [_sample(bag.shape[0], most, [seed, 3, i]) for i, bag in enumerate(features)]
     lengths = np.array([len(rows) for rows in kept])
-    size = padded_sizes(lengths)
+    size = padded_sizes(lengths, waste, sizes)
     size = -(-size // multiple) * multiple
     buckets = []
     for m in np.unique(size).tolist():
@@ -98,16 +101,16 @@ def _sample(count: int, most: int | None, seed: list[int]) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
 
 
-def padded_sizes(lengths: np.ndarray) -> np.ndarray:
-    """(n,) size each bag is padded to: the fewest sizes that keep the waste below WASTE, each placed where it
-    saves most."""
+def padded_sizes(lengths: np.ndarray, waste: float = WASTE, most: int = SIZES) -> np.ndarray:
+    """(n,) size each bag is padded to: the fewest sizes, `most` at most, that keep the waste below `waste`, each
+    placed where it saves most."""
     # Rounded up by less than a thirty-second: bags of nearly one size share it.
     step = 2 ** np.maximum(np.log2(np.maximum(lengths, 1)).astype(int) - 5, 0)
     own = np.maximum(-(-lengths // step) * step, 1)
     sizes = [int(own.max())]
     while True:
         padded = _padded(own, sizes)
-        if padded.sum() <= WASTE * max(lengths.sum(), 1) or len(sizes) == SIZES:
+        if padded.sum() <= waste * max(lengths.sum(), 1) or len(sizes) == most:
             return padded
         others = np.setdiff1d(own, sizes)
         if not len(others):

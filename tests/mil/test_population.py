@@ -138,12 +138,12 @@ def test_held_out_bags_leave_no_trace(cohort):
 
 
 def test_members_that_take_turns_end_where_those_at_once_do(cohort, monkeypatch):
-    """A bag too large for all members at once: threes, and one left over."""
+    """A bag too large for all members at once: fours, and two left over."""
     bags, _, members, _, _ = cohort
-    assert len(members) % 3 == 1
+    assert len(members) % 4 == 2
     monkeypatch.setattr(population, "CPU_GROUP", len(members))
     at_once = fitted(bags, members, Schedule(2))
-    monkeypatch.setattr(population, "GROUP_BYTES", 3 * 6 * 4 * 40 * 64)
+    monkeypatch.setattr(population, "GROUP_BYTES", 4 * 6 * 4 * 40 * 64)
     in_turns = fitted(bags, members, Schedule(2))
     np.testing.assert_allclose(in_turns.losses, at_once.losses, atol=1e-4)
 

@@ -65,6 +65,17 @@ def embedded(features: Array, sizes: Sequence[int], dropout: float, train: bool)
     return features
 
 
+class Affine(nn.Module):
+    """The parameters of `nn.Dense`, without applying them."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, inputs: int) -> tuple[Array, Array]:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (inputs, self.features))
+        return kernel, self.param("bias", nn.initializers.zeros, (self.features,))
+
+
 def attention_scores(
     h: Array, width: int, rows: int, gated: bool, dropout: float = 0.0, train: bool = False
 ) -> Array:
@@ -74,9 +85,14 @@ def attention_scores(
     `__call__`; the layers are "tanh", "gate" and "attend".
     """
     drop = nn.Dropout(dropout, deterministic=not train)
-    hidden = drop(jnp.tanh(nn.Dense(width, name="tanh")(h)))
     if gated:
-        hidden = hidden * drop(nn.sigmoid(nn.Dense(width, name="gate")(h)))
+        # One product for V and U: half as many, and their gradient's is a third faster (CPU).
+        weights = [Affine(width, name=name)(h.shape[-1]) for name in ("tanh", "gate")]
+        kernel, bias = (jnp.concatenate(each, -1) for each in zip(*weights, strict=True))
+        v, u = jnp.split(h @ kernel + bias, 2, -1)
+        hidden = drop(jnp.tanh(v)) * drop(nn.sigmoid(u))
+    else:
+        hidden = drop(jnp.tanh(nn.Dense(width, name="tanh")(h)))
     # No bias: the softmax over instances would not notice it.
     return nn.Dense(rows, use_bias=False, name="attend")(hidden).T
 
