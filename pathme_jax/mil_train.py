@@ -29,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--colour", type=Path, help="CSV slide_id,r,g,b for the mean-colour row")
     parser.add_argument("--thumbnails", type=Path, help="<slide>.jpg, under the report's heatmaps")
     parser.add_argument("--slides", type=Path, help="whole slides, for the report's top tiles")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     parser.add_argument("--name", help="of the bags; default: the feature folder's")
     for field in dataclasses.fields(Settings):
         parser.add_argument(
@@ -49,6 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     from pathme_jax.reports import slide_level
 
     found = run(parent=arguments.pop("parent_features"), **arguments)
+    if arguments["dry_run"]:
+        return
     for task, content in found.items():
         for row, values in content["rows"].items():
             label = content["head"] if row == "head" else row

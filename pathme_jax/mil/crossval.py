@@ -13,6 +13,7 @@ from pathme_jax.errors import UserError
 from pathme_jax.files import write_json
 from pathme_jax.mil import baselines, buckets, folds, population, saved
 from pathme_jax.mil.bags import Cohort, MilBag, make_bags, read_colour
+from pathme_jax.mil.feed import memory
 from pathme_jax.mil.heads import make
 from pathme_jax.mil.outcomes import Found, Outcome
 from pathme_jax.mil.outputs import rounded, write_attention, write_history, write_scores
@@ -171,6 +172,42 @@ def shown_attention(
         before = sum(task.outputs for task in fitted.tasks.each[:first])
         return rows[before + int(fitted.tasks.logits_of(logits)[first].argmax())]
     return rows.mean(0)
+
+
+def describe(cohort: Cohort, table: Table, settings: Settings) -> str:
+    """What `evaluate` would do, in lines.
+
+    Raises:
+        UserError: as `evaluate`.
+    """
+    _check(table, settings)
+    bags = make_bags(cohort.slides, table, settings.bag)
+    plan = make_plan(bags, table, settings)
+    features = [bag.features for bag in bags]
+    packed = buckets.pack(features, most=settings.max_instances or None)
+    size = sum(bucket.bag_bytes * len(bucket.index) for bucket in packed)
+    room = int(settings.device_gb * 2**30) or memory()
+    head = make(settings.head, table.tasks.outputs, head_sizes(settings), settings.options)
+    rows = [bag.row for bag in bags]
+    lines = [
+        f"{len(cohort.slides)} slides of {len({bag.case_id for bag in bags})} patients, "
+        f"{sum(map(len, features))} instances of width {features[0].shape[1]}; "
+        f"{len(cohort.problems)} slides left out"
+    ]
+    for outcome, truth in zip(table.outcomes, table.truth, strict=True):
+        own = truth[list({bag.case_id: bag.row for bag in bags}.values())]
+        own = own[~np.isnan(own).all(1)]
+        task, about = outcome.task, rounded(outcome.summary(own))
+        lines.append(f"{task.name} ({task.kind}): {len(own)} of them know it, {about}")
+    lines += [
+        f"{plan.folds} folds ({', '.join(table.folds) or 'stratified by case'}), x {settings.seeds} seeds, and"
+        f" {settings.shuffles} controls: {len(plan.parts) * settings.seeds} heads, {settings.head} of"
+        f" {population.parameters(head, features[0].shape[1]):,} parameters each",
+        f"bags of {len(packed)} sizes, padding x {buckets.waste(packed):.2f}, {size / 2**30:.2f} GB, "
+        f"{'streamed to' if size > room else 'kept on'} the device; "
+        f"{settings.epochs} epochs of {-(-len(rows) // settings.batch)} steps or a few more",
+    ]
+    return "\n".join([*lines, *plan.skipped])
 
 
 def evaluate(

@@ -267,6 +267,12 @@ def _starts(head: Any, width: int) -> Any:
     return jax.jit(jax.vmap(one))
 
 
+def parameters(head: Any, width: int) -> int:
+    """Of one member that takes features of this width."""
+    shapes = jax.eval_shape(_starts(head, width), jnp.zeros(1, int))["params"]
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
 def _group(state: Any, bucket: Bucket, batch: int, mesh: Mesh) -> int:
     """How many members a device works on at once, so that what they hold of a step's bags fits."""
     params = state["params"]

@@ -38,6 +38,7 @@ def run(
     classes: str = "",
     splits: Path | None = None,
     name: str | None = None,
+    dry_run: bool = False,
     **settings: Any,
 ) -> dict[str, dict[str, Any]]:
     """Cross-validates a head and its controls, or returns what an equal run left.
@@ -52,6 +53,7 @@ def run(
         classes: of the task of classes, comma separated, in their order; by default those found.
         splits: split files in the place of fold columns, see `records.splits`.
         name: of the bags; by default that of the feature folder.
+        dry_run: only print what would be done, and return nothing.
         settings: fields of `mil.settings.Settings`.
 
     Returns:
@@ -76,7 +78,7 @@ def run(
     )
     recipe = _recipe(features, parent, colour, table, chosen)
     folder = Path(out) / f"{name or features.name}-{digest(recipe)}"
-    if not (folder / "run.json").exists():
+    if dry_run or not (folder / "run.json").exists():
         from pathme_jax.mil import (
             crossval,
             saved,
@@ -85,6 +87,9 @@ def run(
         for note in table.notes:
             print(f"{labels}: {note}")
         cohort = load(features, table, parent, int(chosen.host_gb * 2**30) or _share())
+        if dry_run:
+            print(crossval.describe(cohort, table, chosen), folder, sep="\n")
+            return {}
         more = {"name": name or features.name, "no_label": _no_label(features, table)}
         made_of = saved.features_of(features, [s.slide_id for s in cohort.slides], parent)
         with atomic(folder) as temporary:

@@ -318,6 +318,19 @@ def test_the_launcher_runs_and_says_where(tmp_path, capsys):
     assert read_json(f"{folder}/run.json")["recipe"]["settings"]["epochs"] == 1
 
 
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(tmp_path, capsys):
+    make_cohort(tmp_path, cases=6, per_case=2)
+    flags = ["--features", tmp_path / "features", "--labels", tmp_path / "labels.csv"]
+    flags += ["--task", "y", "--out", tmp_path / "out", "--seeds", "2", "--folds", "3"]
+    mil_train.main([*map(str, flags), "--dry-run"])
+    said = capsys.readouterr().out
+    assert "12 slides of 6 patients" in said and "{'a': 3, 'b': 3}" in said
+    assert "3 folds (stratified by case), x 2 seeds, and 1 controls: 12 heads" in said
+    assert "kept on the device" in said and not (tmp_path / "out").exists()
+    mil_train.main([*map(str, flags), "--dry-run", "--device-gb", "1e-9"])
+    assert "streamed to the device" in capsys.readouterr().out
+
+
 def test_help_needs_neither_jax_nor_numpy():
     code = (
         "import sys, pathme_jax.mil_train as m\n"
