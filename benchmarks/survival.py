@@ -69,6 +69,7 @@ def main() -> None:
             batch=16,
             epochs=40,
             seeds=args.seeds,
+            shuffles=5,
             learning_rate=2e-3,
         )["os"]
         print(f"{spec}: {found['events']} events, {time.perf_counter() - started:.0f} s")

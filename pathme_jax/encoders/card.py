@@ -163,7 +163,7 @@ def _summary(model: Exportable) -> str:
     pooler = " and an attentional pooler" if definition.pooler else ""
     return (
         f"A pathology tile encoder: a vision transformer of {count:,} parameters (width {vit['width']},"
-        f" {vit['depth']} layers, {vit['heads']} heads, patches of {vit['patch']} px,"
+        f" {vit['depth']} layers, {vit['heads']} head{'' if vit['heads'] == 1 else 's'}, patches of {vit['patch']} px,"
         f" {FFN[vit['ffn']]}{registers}){pooler}. Weights and computation are float32."
     )
 

@@ -223,7 +223,7 @@ def test_attention_of_a_class_is_shown_only_by_heads_that_have_one_a_class():
     """Two heads of ABMIL are not two classes'."""
     tasks = Tasks((Task("os", "cox"), Task("y", "classes", ("a", "b"))))
     rows, logits = np.array([[1.0, 0], [0, 0], [0, 1]]), np.array([5.0, 0, 1])
-    for name, expected in (("clam_mb", [0, 1]), ("abmil", [1 / 3, 1 / 3])):
+    for name, expected in (("clam_mb", [0, 1]), ("dsmil", [0, 1]), ("abmil", [1 / 3, 1 / 3])):
         head = make(name, 3, dict(hidden=4, attention=4))
         fitted = Population(head, tasks, {}, np.zeros(0), np.zeros(0), np.zeros(0))
         np.testing.assert_allclose(crossval.shown_attention(fitted, rows, logits), expected)

@@ -32,6 +32,8 @@ class DSMIL(nn.Module):
     attention: int = 128
     dropout: float = 0.25
 
+    per_class = True  # a row of attention for each logit
+
     @nn.compact
     def __call__(self, bag: Bag, train: bool = False) -> Out:
         h = embedded(bag.features, self.embed, self.dropout, train)
