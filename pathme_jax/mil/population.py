@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ Array = jax.Array
 AUTO = jax.sharding.AxisType.Auto
 EACH, ALL = PartitionSpec("members"), PartitionSpec()
 STEPS, BAGS = PartitionSpec(None, "members"), PartitionSpec(None, "instances")
+MAPS = 32_000
 PART = 8192  # instances at once where their mean is taken in float64
 LARGE = 256  # instances of a bag from which on members that hold it out are not computed at all
 GROUP_BYTES = 2 << 30  # of hidden activations at once on a device; members beyond that take turns
@@ -128,6 +130,7 @@ def fit(
         instances: devices over which the instances of each bag are spread, for bags too large for one; pack them
             with this `multiple`. The other devices share the members.
     """
+    make_room()
     count, mesh = len(members), mesh_of(instances)
     here = mesh.shape["members"]
     members = members.take(np.resize(np.arange(count), -(-count // here) * here))
@@ -208,6 +211,19 @@ def fit(
         history[:count],
         kept[:count],
     )
+
+
+def make_room() -> None:
+    """Lets go of compiled programs where this process has mapped half of what Linux allows it (65,530 pieces).
+
+    On a CPU each program maps some hundreds, and a dozen cross-validations of sixteen sizes would end in "cannot
+    allocate memory".
+    """
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
+        _compiled.cache_clear()
+        _starts.cache_clear()
+        jax.clear_caches()
 
 
 def mesh_of(instances: int = 1) -> Mesh:

@@ -126,6 +126,21 @@ def test_the_same_again_is_the_same_to_the_bit(cohort):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux counts what is mapped")
+def test_programs_are_let_go_before_they_fill_the_process(cohort, monkeypatch):
+    bags, _, members, _, _ = cohort
+
+    def mapped():
+        return Path("/proc/self/maps").read_bytes().count(b"\n")
+
+    first = fitted(bags, members.take([0]), Schedule(1))
+    before = mapped()
+    monkeypatch.setattr(population, "MAPS", 0)
+    again = fitted(bags, members.take([0]), Schedule(1))
+    assert mapped() < before + 100  # compiled again, in the room of those let go
+    np.testing.assert_array_equal(first.losses, again.losses)
+
+
 def test_held_out_bags_leave_no_trace(cohort):
     bags, _, members, _, _ = cohort
     changed = [
