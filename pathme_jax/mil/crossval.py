@@ -303,7 +303,9 @@ def by_case(pairs: np.ndarray, scores: np.ndarray, truth: np.ndarray, bags: list
     found = {key: i for i, key in enumerate(sorted(set(keys)))}
     at = np.array([found[key] for key in keys])
     of = np.full((len(found), truth.shape[2]), np.nan)
-    of[at] = truth[pairs[:, 0], pairs[:, 1]]
+    values = truth[pairs[:, 0], pairs[:, 1]]
+    known = ~np.isnan(values).all(1)  # one slide of a case may know what another does not
+    of[at[known]] = values[known]
     total = np.zeros((len(found), scores.shape[1]))
     np.add.at(total, at, scores)
     return Found(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pathme_jax.records.labels import read_labels, read_multilabel, read_number
 from pathme_jax.records.splits import read_splits
 from pathme_jax.records.survival import read_survival
 
+TAKEN = (".", "..", "attention", "heads", "figures", "qupath")  # by the run itself
 KINDS = ("classes", "labels", "number", "nll", "cox")
 
 
@@ -67,7 +69,7 @@ def read(
         splits: split files, which take the place of fold columns; see `records.splits`.
 
     Raises:
-        UserError: an unknown kind, two tasks of one name, and what the readers of `records` refuse.
+        UserError: an unknown kind, two tasks of one name, a name no folder can have, and what the readers of `records` refuse.
     """
     fold_prefix = "" if splits else fold_prefix  # what the columns say is not used
     found = [_read_one(Path(path), spec, classes, fold_prefix, bins) for spec in specs.split(",")]
@@ -75,6 +77,11 @@ def read(
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--task {specs}: two tasks called {name!r}", "Give each once")
+        if name in TAKEN or not re.fullmatch(r"[^/\\:\0]+", name):
+            raise UserError(
+                f"--task {specs}: {name!r} cannot be the name of the task's folder",
+                "Rename the column",
+            )
     case_of: dict[str, str] = {}
     for _, rows, _ in found:
         case_of |= dict(zip(rows.slide_ids, rows.case_ids, strict=True))

@@ -14,6 +14,7 @@ from pathme_jax import mil_train
 from pathme_jax.errors import UserError
 from pathme_jax.files import read_json
 from pathme_jax.mil import crossval, saved
+from pathme_jax.mil.bags import MilBag
 from pathme_jax.mil.heads import make
 from pathme_jax.mil.population import Population
 from pathme_jax.mil.run import run
@@ -257,6 +258,17 @@ def test_tasks_learned_together_and_slides_that_know_only_some(tmp_path):
         assert low < (0 if each["measure"] == "pearson" else 0.5) + 0.15 or high < 0.9
 
 
+def test_a_case_knows_what_one_of_its_slides_knows():
+    bags = [MilBag(case, i, []) for i, case in enumerate(["p", "p", "q"])]
+    truth = np.array([[[1.0], [np.nan], [0.0]]])
+    for order in ([0, 1, 2], [1, 0, 2]):
+        pairs = np.array([[0, bag] for bag in order])
+        scores = np.array([0.2, 0.6, 0.9])[order][:, None]
+        found = crossval.by_case(pairs, scores, truth, bags)
+        assert found.cases.tolist() == ["p", "q"] and found.truth[:, 0].tolist() == [1, 0]
+        np.testing.assert_allclose(found.scores[:, 0], [0.4, 0.9])
+
+
 def test_features_that_do_not_fit_are_read_again_and_change_nothing(tmp_path):
     make_cohort(tmp_path, cases=8, per_case=2)
     kept = quick(tmp_path, epochs=3, bag="case")
@@ -267,10 +279,21 @@ def test_features_that_do_not_fit_are_read_again_and_change_nothing(tmp_path):
 
 @pytest.mark.parametrize(
     ("task", "said"),
-    [("grades:y", "unknown kind 'grades'"), ("y,y", "two tasks called 'y'")],
+    [
+        ("grades:y", "unknown kind 'grades'"),
+        ("y,y", "two tasks called 'y'"),
+        ("a/b", "'a/b' cannot be the name"),
+        ("heads", "'heads' cannot be the name"),
+    ],
 )
 def test_a_task_that_is_not_understood_is_named(tmp_path, task, said):
     make_cohort(tmp_path, cases=3, per_case=1)
+    text = (tmp_path / "labels.csv").read_text()
+    (tmp_path / "labels.csv").write_text(
+        text.replace(",y\n", ",y,a/b,heads\n")
+        .replace(",a\n", ",a,0,0\n")
+        .replace(",b\n", ",b,1,1\n")
+    )
     with pytest.raises(UserError, match=said):
         run(tmp_path / "features", tmp_path / "labels.csv", task, tmp_path / "out")
 
