@@ -59,8 +59,11 @@ def permutation_p(
     rng = np.random.default_rng([seed, 6])
     _, first, unit = np.unique(cases, return_index=True, return_inverse=True)
     shuffled = rng.permuted(np.tile(labels[first], (draws, 1)), axis=1)[:, unit]
+    true = auroc(scores, labels, groups)
+    if not np.isfinite(true):
+        return float("nan")
     values = _macro(scores, _one_hot(scores, shuffled), _groups(labels, groups), None)
-    hits = np.sum(values >= auroc(scores, labels, groups) - 1e-12)
+    hits = np.sum(values >= true - 1e-12)
     return float((1 + hits) / (1 + draws))
 
 
@@ -107,6 +110,14 @@ def _macro(
     scores: np.ndarray, is_class: np.ndarray, groups: np.ndarray, weights: np.ndarray | None
 ) -> np.ndarray:
     """(r,) AUROCs of r sets of labels (c, r, n) or of weights (r, n): the U statistic."""
+    if not np.isfinite(scores).all():  # sorted, they would have the order of the rows
+        return np.full(
+            max(
+                is_class.shape[1] if is_class.ndim == 3 else 1,
+                len(weights) if weights is not None else 1,
+            ),
+            np.nan,
+        )
     values = []
     for c in _compared(scores):
         positive = np.atleast_2d(is_class[c])

@@ -50,6 +50,8 @@ def permutation_p(
     _, unit = np.unique(cases, return_inverse=True)
     rng = np.random.default_rng([seed, 8])
     true = abs(measure(b) - measure(a))
+    if not np.isfinite(true):
+        return float("nan")
     hits = 0
     for _ in range(draws):
         swap = rng.integers(0, 2, unit.max() + 1)[unit].astype(bool)[:, None]

@@ -56,5 +56,7 @@ def permutation_p(
     rng = np.random.default_rng([seed, 6])
     _, first, unit = np.unique(cases, return_index=True, return_inverse=True)
     true = measure(labels)
+    if not np.isfinite(true):
+        return float("nan")
     found = [measure(labels[first][rng.permutation(len(first))][unit]) for _ in range(draws)]
     return float((1 + np.sum(np.array(found) >= true - 1e-12)) / (1 + draws))

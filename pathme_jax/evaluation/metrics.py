@@ -135,6 +135,8 @@ def multilabel(
     each = []
     for score, label in zip(scores.T, labels.T, strict=True):
         known = label >= 0
+        if not known.any():
+            continue
         each.append(
             classification(
                 np.stack([1 - score, score], 1)[known],

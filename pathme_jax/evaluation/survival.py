@@ -113,6 +113,8 @@ def concordance(
     if groups is not None:
         pairs &= np.asarray(groups)[:, None] == groups
     right = pairs * ((risk[:, None] > risk) + 0.5 * (risk[:, None] == risk))
+    if not np.isfinite(risk).all():
+        return float("nan") if weights is None else np.full(len(weights), np.nan)
     w = np.ones((1, len(risk))) if weights is None else np.asarray(weights, float)
     total = ((w @ pairs) * w).sum(1)
     found = np.where(total > 0, ((w @ right) * w).sum(1) / np.maximum(total, 1e-12), np.nan)

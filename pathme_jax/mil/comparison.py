@@ -14,7 +14,7 @@ from pathme_jax.evaluation.compare import paired_bootstrap, permutation_p
 from pathme_jax.evaluation.intervals import bootstrap_weights
 from pathme_jax.evaluation.survival import concordance
 from pathme_jax.files import read_csv, read_json
-from pathme_jax.mil.outcomes import Found
+from pathme_jax.mil.outcomes import Found, within_folds
 from pathme_jax.mil.outputs import rounded
 
 
@@ -80,7 +80,7 @@ def measured(
         known = np.where(np.isnan(truth), -1, truth)
         return metrics.multilabel(scores, known, folds, weights)["auroc"]
     if kind == "number":
-        return metrics.regression(scores[:, 0], truth[:, 0], weights)["pearson"]
+        return within_folds(scores[:, 0], truth[:, 0], folds, weights)
     return np.atleast_1d(concordance(scores[:, 0], truth[:, 0], truth[:, 1], folds, weights))
 
 

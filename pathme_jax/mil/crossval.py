@@ -45,14 +45,21 @@ class Plan:
 
 
 def make_plan(bags: list[MilBag], table: Table, settings: Settings) -> Plan:
-    """Folds by patient, stratified by the first task; the user's own where the table has some."""
+    """Folds by patient, stratified by the first task; the user's own where the table has some.
+
+    Raises:
+        UserError: as `folds`; a fold that knows nothing of a task.
+    """
     cases, rows = [bag.case_id for bag in bags], [bag.row for bag in bags]
     true = [truth[rows] for truth in table.truth]
+    if settings.bag == "case":  # what any of its slides knows
+        _, unit = np.unique(table.case_ids, return_inverse=True)
+        true = [of_cases(truth, unit)[unit][rows] for truth in table.truth]
 
     def split(truth: list[np.ndarray]) -> tuple[np.ndarray, list[str]]:
         strata, names = table.outcomes[0].strata(truth[0])
         if table.folds:
-            return folds.given(table, rows, strata)
+            return folds.given(table, rows, strata, min(2, len(names)))
         return folds.stratified(cases, strata, names, settings.folds, settings.seed), []
 
     parts, skipped = split(true)
@@ -61,6 +68,13 @@ def make_plan(bags: list[MilBag], table: Table, settings: Settings) -> Plan:
         other = permuted(cases, true, [settings.seed, 7, i])
         # As balanced as the true ones are, unless the folds are the user's.
         each += [(part, other) for part in (parts if table.folds else split(other)[0])]
+    for row, (part, truth) in enumerate(each):
+        for outcome, of in zip(table.outcomes, truth, strict=True):
+            if np.isnan(of[part == folds.TRAIN]).all():
+                raise UserError(
+                    f"fold {row % len(parts)} has no slide to learn {outcome.task.name} from",
+                    "Use fewer tasks, or other folds",
+                )
     return Plan(
         np.array([part for part, _ in each]),
         [np.array([truth[t] for _, truth in each]) for t in range(len(true))],
@@ -95,9 +109,18 @@ def bag_weights(part: np.ndarray, groups: np.ndarray, cases: list[str]) -> np.nd
 
 def permuted(cases: list[str], truth: list[np.ndarray], seed: list[int]) -> list[np.ndarray]:
     """The truth of the cases, dealt to other cases; all bags of a case, and all tasks, go together."""
-    _, first, unit = np.unique(cases, return_index=True, return_inverse=True)
-    order = np.random.default_rng(seed).permutation(len(first))
-    return [values[first][order][unit] for values in truth]
+    _, unit = np.unique(cases, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(unit.max() + 1)
+    return [of_cases(values, unit)[order][unit] for values in truth]
+
+
+def of_cases(values: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """(cases, w) of each case what the first of its bags that knows it says; values (n, w), unit (n,)."""
+    found = np.full((unit.max() + 1, values.shape[1]), np.nan)
+    for i in range(len(values))[::-1]:
+        if not np.isnan(values[i]).all():
+            found[unit[i]] = values[i]
+    return found
 
 
 def fit_plan(
@@ -124,7 +147,11 @@ def fit_plan(
         settings.epochs, settings.batch, settings.patience, settings.seed
     )
     most, spread = settings.max_instances or None, settings.bag_devices
-    training = buckets.pack(features, cells, most=most, seed=settings.seed, multiple=spread)
+    fine: dict[str, Any] = {}
+    if any(task.kind == "cox" for task in table.tasks.each):
+        # A step's bags are its risk set, and of one size: few sizes, lest the set be a bag or two.
+        fine["sizes"] = max(1, len(bags) // (4 * settings.batch))
+    training = buckets.pack(features, cells, most=most, seed=settings.seed, multiple=spread, **fine)
     resident = int(settings.device_gb * 2**30) or None
     fitted = population.fit(
         head,
@@ -236,6 +263,7 @@ def evaluate(
     fitted, packed = fit_plan(bags, table, plan, settings, about["name"])
     tested = np.argwhere(plan.parts == folds.TEST)  # pairs of plan row and bag, true labels first
     scores, attention = answers(fitted, packed, tested, settings.seeds)
+    _finite(scores, tested, k, table)
     means = np.array([np.asarray(bag.features).mean(0) for bag in bags])
     real = tested[:, 0] < k
     scales: dict[str, list[Any]] = {}
@@ -252,7 +280,7 @@ def evaluate(
             found["mean_colour"] = (tested[real], _linear(outcome, rgb, plan, t, tested[real]))
         if settings.shuffles:
             found["shuffled"] = (tested[~real], said[~real])
-        rows = {row: by_case(pairs, of, truth, bags).known() for row, (pairs, of) in found.items()}
+        rows = {row: by_case(pairs, of, truth, bags) for row, (pairs, of) in found.items()}
         write_scores(folder / outcome.task.name, outcome, bags, *found["head"], truth, rows["head"])
         found_of = _metrics(outcome, rows, cohort, table, bags, plan, packed, settings)
         write_json(folder / outcome.task.name / "metrics.json", found_of | about)
@@ -271,6 +299,18 @@ def evaluate(
         features=made_of,
         scales=scales,
     )
+
+
+def _finite(scores: list[np.ndarray], tested: np.ndarray, folds_: int, table: Table) -> None:
+    for task, said in zip(table.tasks.each, scores, strict=True):
+        bad = ~np.isfinite(said).all(1)
+        if bad.any():
+            row = int(tested[bad][0, 0])
+            which = f"fold {row}" if row < folds_ else "a control"
+            raise UserError(
+                f"the head of {which} says of {task.name} what is not a number: its training diverged",
+                "Lower --learning-rate",
+            )
 
 
 def _check(table: Table, settings: Settings) -> None:
@@ -298,14 +338,16 @@ def _linear(
 
 
 def by_case(pairs: np.ndarray, scores: np.ndarray, truth: np.ndarray, bags: list[MilBag]) -> Found:
-    """Averages the scores of a case's bags, per plan row; truth (p, n, w)."""
+    """Averages the scores of a case's bags whose truth is known, per plan row; truth (p, n, w)."""
+    kept = ~np.isnan(truth[pairs[:, 0], pairs[:, 1]]).all(
+        1
+    )  # a slide may not know what another does
+    pairs, scores = pairs[kept], scores[kept]
     keys = [(row, bags[bag].case_id) for row, bag in pairs.tolist()]
     found = {key: i for i, key in enumerate(sorted(set(keys)))}
     at = np.array([found[key] for key in keys])
     of = np.full((len(found), truth.shape[2]), np.nan)
-    values = truth[pairs[:, 0], pairs[:, 1]]
-    known = ~np.isnan(values).all(1)  # one slide of a case may know what another does not
-    of[at[known]] = values[known]
+    of[at] = truth[pairs[:, 0], pairs[:, 1]]
     total = np.zeros((len(found), scores.shape[1]))
     np.add.at(total, at, scores)
     return Found(

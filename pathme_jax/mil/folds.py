@@ -19,7 +19,8 @@ def stratified(
     """(f, n) parts of n bags: every case is tested once, every fold trains and tests every class.
 
     The cases of a class are dealt to the folds in a random order, each class going on where the one before
-    stopped: a class, and the whole, differ by at most one case between folds. f is `folds`, or the number of
+    stopped: a class, and the whole, differ by at most one case between folds. Where there is one class only by its
+    name, nothing is stratified. f is `folds`, or the number of
     cases of the smallest class if that is less. Where every class has `VALIDATE_FROM` training cases, a fifth
     of a fold's training cases becomes its validation part. Cases whose label is unknown, -1, are dealt with the
     largest class.
@@ -32,7 +33,7 @@ def stratified(
     label_of = dict(sorted(zip(cases, labels.tolist(), strict=True)))
     counts = {name: list(label_of.values()).count(i) for i, name in enumerate(classes)}
     present = {name: count for name, count in counts.items() if count}
-    if len(present) < 2:
+    if len(present) < min(2, len(classes)):
         raise UserError(
             f"only one class, {next(iter(present))!r}, among the {len(label_of)} cases with features",
             "Give at least two cases of at least two classes",
@@ -75,12 +76,15 @@ class Parts(Protocol):
     def folds(self) -> dict[str, list[str]]: ...
 
 
-def given(table: Parts, rows: list[int], labels: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def given(
+    table: Parts, rows: list[int], labels: np.ndarray, least: int = 2
+) -> tuple[np.ndarray, list[str]]:
     """(f, n) parts from the user's fold columns, and the folds left out, with the reason.
 
     Args:
         rows: (n,) row of each bag in the table.
         labels: (n,) class of each bag, -1 where unknown.
+        least: classes that a fold must train on.
 
     Raises:
         UserError: a case is on two sides of one fold, or no fold can be used.
@@ -98,7 +102,7 @@ def given(table: Parts, rows: list[int], labels: np.ndarray) -> tuple[np.ndarray
         part = np.array([_CODES[values[row]] for row in rows], np.int8)
         if not (part == TEST).any():
             skipped.append(f"{name}: no slide with features is tested")
-        elif len(np.unique(labels[(part == TRAIN) & (labels >= 0)])) < 2:
+        elif len(np.unique(labels[(part == TRAIN) & (labels >= 0)])) < least:
             skipped.append(f"{name}: fewer than two classes to train on")
         else:
             parts.append(part)

@@ -24,6 +24,8 @@ from pathme_jax.mil.tasks import Task
 from pathme_jax.records.survival import bin_of, quantile_edges
 
 QUARTERS = ["lowest quarter", "second quarter", "third quarter", "highest quarter"]
+ENOUGH = 10  # bags of a stratum, or there are none: nobody is refused for want of the censored
+ALIKE = ["patient"]
 DRAWS = 1000  # of every bootstrap and permutation test
 PENALTY = 1.0  # of the ridges, times the number of features
 
@@ -40,11 +42,6 @@ class Found:
     truth: np.ndarray
     folds: np.ndarray
     cases: np.ndarray
-
-    def known(self) -> Found:
-        """The rows whose truth is known, at least in part."""
-        kept = ~np.isnan(self.truth).all(1)
-        return Found(self.scores[kept], self.truth[kept], self.folds[kept], self.cases[kept])
 
 
 class Outcome(Protocol):
@@ -226,8 +223,11 @@ class Number:
         value = truth[:, 0]
         known = ~np.isnan(value)
         quarter = np.full(len(value), -1)
-        edges = np.quantile(value[known], [0.25, 0.5, 0.75])
-        quarter[known] = np.searchsorted(np.unique(edges), value[known], side="right")
+        if known.sum() < 4 * ENOUGH:
+            return np.where(known, 0, -1), ALIKE
+        # By rank, since many may share a value; they share a quarter, too, as slides of one case must.
+        rank = stats.rankdata(value[known])
+        quarter[known] = (4 * (rank - 0.5) / known.sum()).astype(int)
         return quarter, QUARTERS
 
     def balance(self, truth: np.ndarray) -> np.ndarray:
@@ -255,14 +255,17 @@ class Number:
         said, truth = found.scores[:, 0], found.truth[:, 0]
 
         def pearson(of: np.ndarray) -> float:
-            return float(np.nan_to_num(metrics.regression(said, of)["pearson"])[0])
+            return float(within_folds(said, of, found.folds, None)[0])
 
         weights = bootstrap_weights(found.cases, np.zeros(len(truth)), DRAWS, seed)
         measured = metrics.with_intervals(lambda w: metrics.regression(said, truth, w), weights)
+        within = metrics.with_intervals(
+            lambda w: {"pearson": within_folds(said, truth, found.folds, w)}, weights
+        )["pearson"]
         spearman: Any = stats.spearmanr(said, truth)
         return {
-            "pearson": measured["pearson"]["value"],
-            "interval": measured["pearson"]["interval"],
+            "pearson": within["value"],
+            "interval": within["interval"],
             "permutation_p": permutation_p(pearson, truth, found.cases, draws=DRAWS, seed=seed),
             **_over_folds("pearson", found, _pearson),
             "pooled_pearson": measured["pearson"]["value"],
@@ -289,7 +292,10 @@ class TimeToEvent:
     measure: str = "c_index"
 
     def strata(self, truth: np.ndarray) -> tuple[np.ndarray, list[str]]:
-        return np.nan_to_num(truth[:, 1], nan=-1).astype(int), ["censored", "event"]
+        event = np.nan_to_num(truth[:, 1], nan=-1).astype(int)
+        if min((event == 0).sum(), (event == 1).sum()) < ENOUGH:
+            return np.where(event < 0, -1, 0), ALIKE
+        return event, ["censored", "event"]
 
     def balance(self, truth: np.ndarray) -> np.ndarray:
         return np.where(np.isnan(truth[:, 1]), np.nan, 0)
@@ -353,6 +359,18 @@ def _label_auroc(score: np.ndarray, truth: np.ndarray, folds: np.ndarray | None)
     known = truth >= 0
     pair = np.stack([-score, score], 1)[known]
     return auroc(pair, truth[known].astype(int), None if folds is None else folds[known])
+
+
+def within_folds(
+    said: np.ndarray, truth: np.ndarray, folds: np.ndarray, weights: np.ndarray | None
+) -> np.ndarray:
+    """(r,) Pearson's r of what exceeds the fold's mean: pooled plainly, a fold held out pulls the training mean, and so
+    every prediction, away from itself."""
+    x, y = said.astype(float), truth.astype(float)
+    for fold in np.unique(folds):
+        mine = folds == fold
+        x[mine], y[mine] = x[mine] - x[mine].mean(), y[mine] - y[mine].mean()
+    return metrics.regression(x, y, weights)["pearson"]
 
 
 def _pearson(found: Found) -> float:

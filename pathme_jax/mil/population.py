@@ -195,8 +195,10 @@ def fit(
         logits = _all_logits(head, mesh, state["params"], fixed, feed, group)
         found = _validation_loss(tasks, logits, members)
         history[:, epoch, 1] = np.where(resting, np.nan, found)
-        better = ~resting & (~validated | (found < least))
-        least, kept = np.where(better, found, least), np.where(better, epoch, kept)
+        # Without a validation loss yet, the last epoch is kept.
+        better = ~resting & (~validated | (found < least) | (np.isnan(found) & np.isinf(least)))
+        least = np.where(better & np.isfinite(found), found, least)
+        kept = np.where(better, epoch, kept)
         best = _select(put(better, EACH), state["params"], best)
         if schedule.patience:
             resting |= validated & (epoch - kept >= schedule.patience)
@@ -364,7 +366,11 @@ def _run(
         def do(state: Any) -> Any:
             if group == len(some) == len(nothing):
                 return update(state, fixed, own)
+            if not len(some):
+                return state, nothing
             turns, left = divmod(len(some), group)
+            if not turns:
+                return turn(some, (state, nothing))
             carry = jax.lax.fori_loop(
                 0,
                 turns,
@@ -465,8 +471,9 @@ def _validation_loss(tasks: Tasks, logits: np.ndarray, members: Members) -> np.n
             targets = members.targets[i, held]
             weight = balance(tasks, targets)
             parts = (jnp.asarray(x) for x in (logits[i, held], targets, weight))
-            total = tasks.loss(*parts)
-            losses[i] = float(total) / max(weight.sum(), 1e-12)
+            total = float(tasks.loss(*parts))
+            # A risk set without an event has a loss of exactly zero, which tells nothing.
+            losses[i] = total / max(weight.sum(), 1e-12) if total else np.nan
     return losses
 
 

@@ -16,8 +16,10 @@ from pathme_jax.mil.tasks import Task, Tasks
 from pathme_jax.records.labels import read_labels, read_multilabel, read_number
 from pathme_jax.records.splits import read_splits
 from pathme_jax.records.survival import read_survival
+from pathme_jax.records.tables import fold_columns, open_table
 
-TAKEN = (".", "..", "attention", "heads", "figures", "qupath")  # by the run itself
+# By the run itself.
+TAKEN = ("attention", "heads", "figures", "qupath", "run.json", "history.csv", "report.html")
 KINDS = ("classes", "labels", "number", "nll", "cox")
 
 
@@ -72,12 +74,16 @@ def read(
         UserError: an unknown kind, two tasks of one name, a name no folder can have, and what the readers of `records` refuse.
     """
     fold_prefix = "" if splits else fold_prefix  # what the columns say is not used
-    found = [_read_one(Path(path), spec, classes, fold_prefix, bins) for spec in specs.split(",")]
+    found = []
+    for spec in specs.split(","):
+        found.append(_read_one(Path(path), spec, classes, fold_prefix, bins))
+        if found[-1][0].task.kind == "classes":
+            classes = ()
     names = [outcome.task.name for outcome, _, _ in found]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--task {specs}: two tasks called {name!r}", "Give each once")
-        if name in TAKEN or not re.fullmatch(r"[^/\\:\0]+", name):
+        if name in TAKEN or not re.fullmatch(r"[^./\\:\0][^/\\:\0]*", name):
             raise UserError(
                 f"--task {specs}: {name!r} cannot be the name of the task's folder",
                 "Rename the column",
@@ -86,13 +92,18 @@ def read(
     for _, rows, _ in found:
         case_of |= dict(zip(rows.slide_ids, rows.case_ids, strict=True))
     slides = sorted(case_of)
+    for slide in slides:
+        if "/" in slide or "\\" in slide:
+            raise UserError(f"{path}: slide {slide!r} holds a folder", "Give the name alone")
     notes = list(dict.fromkeys(note for _, rows, _ in found for note in rows.notes))
     cases = [case_of[slide] for slide in slides]
     if splits:
         folds, said = read_splits(splits, slides, cases)
         notes += said
     else:
-        folds = _joined_folds(slides, [rows for _, rows, _ in found])
+        table = open_table(Path(path))
+        known = [row for row in table.rows if row.slide in case_of]
+        folds = fold_columns(Path(path), known, table.columns, fold_prefix)
     return Table(
         slide_ids=slides,
         case_ids=cases,
@@ -134,15 +145,3 @@ def _spread(slides: list[str], own: list[str], values: np.ndarray) -> np.ndarray
     spread = np.full((len(slides), values.shape[1]), np.nan)
     spread[[row_of[slide] for slide in own]] = values
     return spread
-
-
-def _joined_folds(slides: list[str], tables: list[Any]) -> dict[str, list[str]]:
-    """Fold columns are the table's: where two tasks share a slide they agree."""
-    folds: dict[str, list[str]] = {}
-    for name in dict.fromkeys(name for table in tables for name in table.folds):
-        part_of: dict[str, str] = {}
-        for table in tables:
-            if name in table.folds:
-                part_of |= dict(zip(table.slide_ids, table.folds[name], strict=True))
-        folds[name] = [part_of.get(slide, "") for slide in slides]
-    return folds

@@ -114,13 +114,15 @@ class Tasks:
         return sum(each, jnp.zeros(()))
 
     def label(self, targets: Array) -> Array:
-        """(b, width) to (b,) class of the first task that has classes: what a head's own loss asks for.
+        """(b, width) to (b,) logit of the class of the first task that has classes: what a head's own loss asks for.
 
         Raises:
             UserError: none has.
         """
         if self.classes is not None:
-            return jnp.nan_to_num(self.targets_of(targets)[self.classes][:, 0]).astype(jnp.int32)
+            before = sum(task.outputs for task in self.each[: self.classes])
+            own = self.targets_of(targets)[self.classes][:, 0]
+            return before + jnp.nan_to_num(own).astype(jnp.int32)
         raise UserError(
             f"no task with classes among {', '.join(t.name for t in self.each)}", "Use another head"
         )
