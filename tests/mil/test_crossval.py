@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -183,7 +184,8 @@ def test_scores_that_are_no_numbers_are_no_order():
 
 def test_a_class_is_the_logit_it_has_among_all_tasks():
     tasks = Tasks((Task("os", "nll", bins=4), Y.task))
-    assert tasks.label(np.array([[0, 1, 1.0], [2, 0, 0.0]])).tolist() == [5, 4]
+    targets = jnp.asarray([[0, 1, 1.0], [2, 0, 0.0]])
+    assert tasks.label(targets).tolist() == [5, 4]
 
 
 def test_a_bag_that_hardly_a_member_trains_on():
