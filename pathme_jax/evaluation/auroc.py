@@ -111,13 +111,8 @@ def _macro(
 ) -> np.ndarray:
     """(r,) AUROCs of r sets of labels (c, r, n) or of weights (r, n): the U statistic."""
     if not np.isfinite(scores).all():  # sorted, they would have the order of the rows
-        return np.full(
-            max(
-                is_class.shape[1] if is_class.ndim == 3 else 1,
-                len(weights) if weights is not None else 1,
-            ),
-            np.nan,
-        )
+        sets = len(np.atleast_2d(is_class[0])) if weights is None else len(weights)
+        return np.full(sets, np.nan)
     values = []
     for c in _compared(scores):
         positive = np.atleast_2d(is_class[c])

@@ -22,9 +22,8 @@ from pathme_jax.mil.table import Table
 
 FEW_CASES = 20
 RISK_SET = 8  # bags a step, at least, where the step's bags are the risk set
-Scores = dict[
-    str, tuple[np.ndarray, np.ndarray]
-]  # row of the table to pairs (q, 2) and scores (q, c)
+# Row of the table of results to pairs (q, 2) and scores (q, c).
+Scores = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +126,6 @@ def fit_plan(
     bags: list[MilBag], table: Table, plan: Plan, settings: Settings, name: str
 ) -> tuple[population.Population, list[buckets.Bucket]]:
     """Each of the p rows of the plan as `settings.seeds` members, side by side; and the bags, whole."""
-    features, cells = [bag.features for bag in bags], [bag.cells for bag in bags]
     p = len(plan.parts)
     targets = [
         np.array([outcome.targets(plan.parts[i], truth[i]) for i in range(p)])
@@ -146,25 +144,37 @@ def fit_plan(
     schedule = population.Schedule(
         settings.epochs, settings.batch, settings.patience, settings.seed
     )
-    most, spread = settings.max_instances or None, settings.bag_devices
-    fine: dict[str, Any] = {}
-    if any(task.kind == "cox" for task in table.tasks.each):
-        # A step's bags are its risk set, and of one size: few sizes, lest the set be a bag or two.
-        fine["sizes"] = max(1, len(bags) // (4 * settings.batch))
-    training = buckets.pack(features, cells, most=most, seed=settings.seed, multiple=spread, **fine)
-    resident = int(settings.device_gb * 2**30) or None
+    training = _packed(bags, table, settings)
     fitted = population.fit(
         head,
         table.tasks,
         training,
         members,
         schedule,
-        resident=resident,
-        instances=spread,
+        resident=int(settings.device_gb * 2**30) or None,
+        instances=settings.bag_devices,
         name=name,
     )
-    cut = most is not None and any(bag.shape[0] > most for bag in features)
-    return fitted, buckets.pack(features, cells) if cut else training
+    most = settings.max_instances
+    if most and any(bag.features.shape[0] > most for bag in bags):
+        return fitted, buckets.pack([b.features for b in bags], [b.cells for b in bags])
+    return fitted, training
+
+
+def _packed(bags: list[MilBag], table: Table, settings: Settings) -> list[buckets.Bucket]:
+    """As they are trained on."""
+    fine: dict[str, Any] = {}
+    if any(task.kind == "cox" for task in table.tasks.each):
+        # A step's bags are its risk set, and of one size: few sizes, lest the set be a bag or two.
+        fine["sizes"] = max(1, len(bags) // (4 * settings.batch))
+    return buckets.pack(
+        [bag.features for bag in bags],
+        [bag.cells for bag in bags],
+        most=settings.max_instances or None,
+        seed=settings.seed,
+        multiple=settings.bag_devices,
+        **fine,
+    )
 
 
 def head_sizes(settings: Settings) -> dict[str, Any]:
@@ -211,20 +221,18 @@ def describe(cohort: Cohort, table: Table, settings: Settings) -> str:
     bags = make_bags(cohort.slides, table, settings.bag)
     plan = make_plan(bags, table, settings)
     features = [bag.features for bag in bags]
-    packed = buckets.pack(features, most=settings.max_instances or None)
+    packed = _packed(bags, table, settings)
     size = sum(bucket.bag_bytes * len(bucket.index) for bucket in packed)
     room = int(settings.device_gb * 2**30) or memory()
     head = make(settings.head, table.tasks.outputs, head_sizes(settings), settings.options)
-    rows = [bag.row for bag in bags]
     lines = [
         f"{len(cohort.slides)} slides of {len({bag.case_id for bag in bags})} patients, "
         f"{sum(map(len, features))} instances of width {features[0].shape[1]}; "
         f"{len(cohort.problems)} slides left out"
     ]
     for outcome, truth in zip(table.outcomes, table.truth, strict=True):
-        own = truth[list({bag.case_id: bag.row for bag in bags}.values())]
-        own = own[~np.isnan(own).all(1)]
-        task, about = outcome.task, rounded(outcome.summary(own))
+        own, task = _known(bags, truth), outcome.task
+        about = rounded(outcome.summary(own))
         lines.append(f"{task.name} ({task.kind}): {len(own)} of them know it, {about}")
     lines += [
         f"{plan.folds} folds ({', '.join(table.folds) or 'stratified by case'}), x {settings.seeds} seeds, and"
@@ -232,7 +240,7 @@ def describe(cohort: Cohort, table: Table, settings: Settings) -> str:
         f" {population.parameters(head, features[0].shape[1]):,} parameters each",
         f"bags of {len(packed)} sizes, padding x {buckets.waste(packed):.2f}, {size / 2**30:.2f} GB, "
         f"{'streamed to' if size > room else 'kept on'} the device; "
-        f"{settings.epochs} epochs of {-(-len(rows) // settings.batch)} steps or a few more",
+        f"{settings.epochs} epochs of {-(-len(bags) // settings.batch)} steps or a few more",
     ]
     return "\n".join([*lines, *plan.skipped])
 
@@ -282,8 +290,9 @@ def evaluate(
             found["shuffled"] = (tested[~real], said[~real])
         rows = {row: by_case(pairs, of, truth, bags) for row, (pairs, of) in found.items()}
         write_scores(folder / outcome.task.name, outcome, bags, *found["head"], truth, rows["head"])
-        found_of = _metrics(outcome, rows, cohort, table, bags, plan, packed, settings)
-        write_json(folder / outcome.task.name / "metrics.json", found_of | about)
+        cases = _known(bags, table.truth[t])
+        content = _metrics(outcome, cases, rows, cohort, table, bags, plan, packed, settings)
+        write_json(folder / outcome.task.name / "metrics.json", content | about)
     write_history(folder, fitted.history[: k * settings.seeds : settings.seeds])
     own = [each for each, is_real in zip(attention, real, strict=True) if is_real]
     write_attention(folder, bags, tested[real], own)
@@ -339,9 +348,8 @@ def _linear(
 
 def by_case(pairs: np.ndarray, scores: np.ndarray, truth: np.ndarray, bags: list[MilBag]) -> Found:
     """Averages the scores of a case's bags whose truth is known, per plan row; truth (p, n, w)."""
-    kept = ~np.isnan(truth[pairs[:, 0], pairs[:, 1]]).all(
-        1
-    )  # a slide may not know what another does
+    # A slide may not know what another slide of the case does.
+    kept = ~np.isnan(truth[pairs[:, 0], pairs[:, 1]]).all(1)
     pairs, scores = pairs[kept], scores[kept]
     keys = [(row, bags[bag].case_id) for row, bag in pairs.tolist()]
     found = {key: i for i, key in enumerate(sorted(set(keys)))}
@@ -358,8 +366,15 @@ def by_case(pairs: np.ndarray, scores: np.ndarray, truth: np.ndarray, bags: list
     )
 
 
+def _known(bags: list[MilBag], truth: np.ndarray) -> np.ndarray:
+    """(k, w) truth of the cases with bags that know it, from that of the table's rows (n, w)."""
+    rows = {bag.case_id: bag.row for bag in bags if not np.isnan(truth[bag.row]).all()}
+    return truth[list(rows.values())]
+
+
 def _metrics(
     outcome: Outcome,
+    cases: np.ndarray,
     rows: dict[str, Found],
     cohort: Cohort,
     table: Table,
@@ -370,9 +385,6 @@ def _metrics(
 ) -> dict[str, Any]:
     """The content of a task's metrics.json."""
     task = outcome.task
-    truth = table.truth[[each.task for each in table.outcomes].index(task)]
-    rows_of = {bag.case_id: bag.row for bag in bags if not np.isnan(truth[bag.row]).all()}
-    cases = truth[list(rows_of.values())]
     return rounded(
         {
             "task": task.name,
