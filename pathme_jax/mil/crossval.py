@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,23 @@ import numpy as np
 
 from pathme_jax.errors import UserError
 from pathme_jax.files import write_json
-from pathme_jax.mil import baselines, buckets, folds, population, saved
+from pathme_jax.mil import baselines, buckets, folds, population, saved, sweep
 from pathme_jax.mil.bags import Cohort, MilBag, make_bags, read_colour
 from pathme_jax.mil.feed import memory
 from pathme_jax.mil.heads import make
 from pathme_jax.mil.outcomes import Found, Outcome
-from pathme_jax.mil.outputs import rounded, write_attention, write_history, write_scores
+from pathme_jax.mil.outputs import (
+    rounded,
+    write_attention,
+    write_history,
+    write_scores,
+    write_sweep,
+)
 from pathme_jax.mil.settings import Settings
 from pathme_jax.mil.table import Table
 
 FEW_CASES = 20
+DEALS = 50  # of a control, until every fold can learn from it
 RISK_SET = 8  # bags a step, at least, where the step's bags are the risk set
 # Row of the table of results to pairs (q, 2) and scores (q, c).
 Scores = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -32,15 +39,19 @@ class Plan:
     control, whose truth was dealt to other patients.
 
     Attributes:
-        parts: (p, n). truth: of each task (p, n, w). weights: (p, n, tasks). folds: rows of the true labels and of
-            each control. skipped: folds that were left out, with the reason.
+        parts: (p, n). truth: of each task (p, n, w). weights: (p, n, tasks). names: of the k folds; the true labels
+            and each control have a row of each. skipped: folds that were left out, with the reason.
     """
 
     parts: np.ndarray
     truth: list[np.ndarray]
     weights: np.ndarray
-    folds: int
+    names: list[str]
     skipped: list[str]
+
+    @property
+    def folds(self) -> int:
+        return len(self.names)
 
 
 def make_plan(bags: list[MilBag], table: Table, settings: Settings) -> Plan:
@@ -55,32 +66,85 @@ def make_plan(bags: list[MilBag], table: Table, settings: Settings) -> Plan:
         _, unit = np.unique(table.case_ids, return_inverse=True)
         true = [of_cases(truth, unit)[unit][rows] for truth in table.truth]
 
-    def split(truth: list[np.ndarray]) -> tuple[np.ndarray, list[str]]:
-        strata, names = table.outcomes[0].strata(truth[0])
+    def split(truth: list[np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
+        first = table.outcomes[0]
         if table.folds:
-            return folds.given(table, rows, strata, min(2, len(names)))
-        return folds.stratified(cases, strata, names, settings.folds, settings.seed), []
+            return folds.given(table, rows, lambda train: first.lacks(truth[0][train]))
+        strata, names = first.strata(truth[0])
+        parts = folds.stratified(cases, strata, names, settings.folds, settings.seed)
+        return {f"fold {i}": part for i, part in enumerate(parts)}, []
 
     parts, skipped = split(true)
-    each = [(part, true) for part in parts]
-    for i in range(settings.shuffles):
-        other = permuted(cases, true, [settings.seed, 7, i])
-        # As balanced as the true ones are, unless the folds are the user's.
-        each += [(part, other) for part in (parts if table.folds else split(other)[0])]
-    for row, (part, truth) in enumerate(each):
-        for outcome, of in zip(table.outcomes, truth, strict=True):
-            if np.isnan(of[part == folds.TRAIN]).all():
+    for name, part in parts.items():
+        for outcome, of in zip(table.outcomes, true, strict=True):
+            missing = outcome.lacks(of[part == folds.TRAIN])
+            if missing:
                 raise UserError(
-                    f"fold {row % len(parts)} has no slide to learn {outcome.task.name} from",
+                    f"{name} has {missing} to learn {outcome.task.name} from",
                     "Use fewer tasks, or other folds",
                 )
+    each = [(part, true) for part in parts.values()]
+    for i in range(settings.shuffles):
+        each += _control(table, cases, true, list(parts.values()), split, [settings.seed, 7, i])
+    if settings.sweep:
+        sweep.check([part for part, _ in each], [*parts] * (1 + settings.shuffles))
     return Plan(
         np.array([part for part, _ in each]),
         [np.array([truth[t] for _, truth in each]) for t in range(len(true))],
         np.array([_weights(table.outcomes, part, truth, cases) for part, truth in each]),
-        len(parts),
+        list(parts),
         skipped,
     )
+
+
+def _control(
+    table: Table,
+    cases: list[str],
+    true: list[np.ndarray],
+    parts: list[np.ndarray],
+    split: Callable[[list[np.ndarray]], tuple[dict[str, np.ndarray], list[str]]],
+    seed: list[int],
+) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+    """Of each fold its part, and a truth dealt to other patients, dealt again where a fold could not learn from it.
+
+    Raises:
+        UserError: no dealing can be learned from.
+    """
+    for deal in range(DEALS):
+        other = permuted(cases, true, [*seed, deal] if deal else seed)
+        # As balanced as the true folds are, unless those are the user's.
+        own = parts if table.folds else list(split(other)[0].values())
+        if all(_can_learn(table.outcomes, part, other, cases) for part in own):
+            return [(part, other) for part in own]
+    raise UserError(
+        f"in {DEALS} dealings of the truth to other patients some fold had nothing to learn from",
+        "Pass --shuffles 0, or give folds with more training patients",
+    )
+
+
+def _can_learn(
+    outcomes: Sequence[Outcome], part: np.ndarray, truth: list[np.ndarray], cases: list[str]
+) -> bool:
+    try:
+        for outcome, of in zip(outcomes, truth, strict=True):
+            if outcome.lacks(of[part == folds.TRAIN]):
+                return False
+            outcome.targets(once(part, of, cases), of)
+    except UserError:  # too few events for the bins of time
+        return False
+    return True
+
+
+def once(part: np.ndarray, truth: np.ndarray, cases: list[str]) -> np.ndarray:
+    """(n,) parts with one bag of each training case that knows its truth (n, w); the others are unused.
+
+    For what is counted by patients, however many slides they have: quantiles, means and deviations.
+    """
+    known = np.flatnonzero((part == folds.TRAIN) & ~np.isnan(truth).all(1))
+    _, first = np.unique(np.asarray(cases)[known], return_index=True)
+    found = np.where(part == folds.TRAIN, folds.UNUSED, part)
+    found[known[first]] = folds.TRAIN
+    return found
 
 
 def _weights(
@@ -124,21 +188,25 @@ def of_cases(values: np.ndarray, unit: np.ndarray) -> np.ndarray:
 
 def fit_plan(
     bags: list[MilBag], table: Table, plan: Plan, settings: Settings, name: str
-) -> tuple[population.Population, list[buckets.Bucket]]:
-    """Each of the p rows of the plan as `settings.seeds` members, side by side; and the bags, whole."""
-    p = len(plan.parts)
+) -> tuple[population.Population, list[buckets.Bucket], np.ndarray]:
+    """Each of the p rows of the plan as `settings.seeds` members, of the best of the candidates of `settings.sweep`;
+    the bags, whole; and (p, candidates) validation losses."""
+    tried = sweep.candidates(settings)
+    p, cases = len(plan.parts), [bag.case_id for bag in bags]
     targets = [
-        np.array([outcome.targets(plan.parts[i], truth[i]) for i in range(p)])
+        np.array(
+            [outcome.targets(once(plan.parts[i], truth[i], cases), truth[i]) for i in range(p)]
+        )
         for outcome, truth in zip(table.outcomes, plan.truth, strict=True)
     ]
-    each = np.repeat(np.arange(p), settings.seeds)
+    each, at, seed = np.indices((p, len(tried), settings.seeds)).reshape(3, -1)
     members = population.Members(
         parts=plan.parts[each],
         targets=np.concatenate(targets, -1)[each],
         weights=plan.weights[each],
-        seeds=settings.seed + np.arange(len(each)) % settings.seeds,
-        rates=np.full(len(each), settings.learning_rate),
-        decays=np.full(len(each), settings.weight_decay),
+        seeds=settings.seed + seed,
+        rates=np.array([candidate["learning_rate"] for candidate in tried])[at],
+        decays=np.array([candidate["weight_decay"] for candidate in tried])[at],
     )
     head = make(settings.head, table.tasks.outputs, head_sizes(settings), settings.options)
     schedule = population.Schedule(
@@ -155,10 +223,11 @@ def fit_plan(
         instances=settings.bag_devices,
         name=name,
     )
-    most = settings.max_instances
+    chosen, losses = sweep.choose(fitted, p, len(tried), settings.seeds)
+    most, whole = settings.max_instances, training
     if most and any(bag.features.shape[0] > most for bag in bags):
-        return fitted, buckets.pack([b.features for b in bags], [b.cells for b in bags])
-    return fitted, training
+        whole = buckets.pack([bag.features for bag in bags], [bag.cells for bag in bags])
+    return fitted.take(chosen), whole, losses
 
 
 def _packed(bags: list[MilBag], table: Table, settings: Settings) -> list[buckets.Bucket]:
@@ -234,9 +303,11 @@ def describe(cohort: Cohort, table: Table, settings: Settings) -> str:
         own, task = _known(bags, truth), outcome.task
         about = rounded(outcome.summary(own))
         lines.append(f"{task.name} ({task.kind}): {len(own)} of them know it, {about}")
+    tried = len(sweep.candidates(settings))
+    swept = f"x {tried} settings, " if settings.sweep else ""
     lines += [
-        f"{plan.folds} folds ({', '.join(table.folds) or 'stratified by case'}), x {settings.seeds} seeds, and"
-        f" {settings.shuffles} controls: {len(plan.parts) * settings.seeds} heads, {settings.head} of"
+        f"{plan.folds} folds ({', '.join(table.folds) or 'stratified by case'}), x {settings.seeds} seeds, {swept}and"
+        f" {settings.shuffles} controls: {len(plan.parts) * settings.seeds * tried} heads, {settings.head} of"
         f" {population.parameters(head, features[0].shape[1]):,} parameters each",
         f"bags of {len(packed)} sizes, padding x {buckets.waste(packed):.2f}, {size / 2**30:.2f} GB, "
         f"{'streamed to' if size > room else 'kept on'} the device; "
@@ -267,17 +338,25 @@ def evaluate(
     bags = make_bags(cohort.slides, table, settings.bag)
     rgb = read_colour(colour, bags) if colour else None
     plan = make_plan(bags, table, settings)
-    k = plan.folds
-    fitted, packed = fit_plan(bags, table, plan, settings, about["name"])
+    k, cases = plan.folds, [bag.case_id for bag in bags]
+    fitted, packed, losses = fit_plan(bags, table, plan, settings, about["name"])
     tested = np.argwhere(plan.parts == folds.TEST)  # pairs of plan row and bag, true labels first
     scores, attention = answers(fitted, packed, tested, settings.seeds)
     _finite(scores, tested, k, table)
     means = np.array([np.asarray(bag.features).mean(0) for bag in bags])
     real = tested[:, 0] < k
+    chosen: dict[str, Any] = {}
+    if settings.sweep:
+        chosen["chosen"] = write_sweep(folder, sweep.candidates(settings), losses[:k])
     scales: dict[str, list[Any]] = {}
     for t, outcome in enumerate(table.outcomes):
         truth = plan.truth[t]
-        scale = np.array([outcome.scale(plan.parts[i], truth[i]) for i in range(len(truth))])
+        scale = np.array(
+            [
+                outcome.scale(once(part, of, cases), of)
+                for part, of in zip(plan.parts, truth, strict=True)
+            ]
+        )
         scales[outcome.task.name] = scale[:k].tolist()
         said = scores[t] * scale[tested[:, 0], :1] + scale[tested[:, 0], 1:]
         found: Scores = {
@@ -290,9 +369,9 @@ def evaluate(
             found["shuffled"] = (tested[~real], said[~real])
         rows = {row: by_case(pairs, of, truth, bags) for row, (pairs, of) in found.items()}
         write_scores(folder / outcome.task.name, outcome, bags, *found["head"], truth, rows["head"])
-        cases = _known(bags, table.truth[t])
-        content = _metrics(outcome, cases, rows, cohort, table, bags, plan, packed, settings)
-        write_json(folder / outcome.task.name / "metrics.json", content | about)
+        known = _known(bags, table.truth[t])
+        content = _metrics(outcome, known, rows, cohort, table, bags, plan, packed, settings)
+        write_json(folder / outcome.task.name / "metrics.json", content | chosen | about)
     write_history(folder, fitted.history[: k * settings.seeds : settings.seeds])
     own = [each for each, is_real in zip(attention, real, strict=True) if is_real]
     write_attention(folder, bags, tested[real], own)
@@ -400,6 +479,7 @@ def _metrics(
             "head": settings.head,
             "padding": buckets.waste(packed),
             "folds": plan.folds,
+            "fold_names": plan.names,
             "fold_source": ", ".join(table.folds) or "stratified by case",
             "folds_left_out": plan.skipped,
             "too_few_to_judge": outcome.evidence(cases) < FEW_CASES,

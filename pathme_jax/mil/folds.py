@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -77,19 +78,19 @@ class Parts(Protocol):
 
 
 def given(
-    table: Parts, rows: list[int], labels: np.ndarray, least: int = 2
-) -> tuple[np.ndarray, list[str]]:
-    """(f, n) parts from the user's fold columns, and the folds left out, with the reason.
+    table: Parts, rows: list[int], lacks: Callable[[np.ndarray], str]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The user's fold columns: of each that can be used its (n,) parts, and those left out, with the reason.
 
     Args:
         rows: (n,) row of each bag in the table.
-        labels: (n,) class of each bag, -1 where unknown.
-        least: classes that a fold must train on.
+        lacks: what training bags (n,) bool lack to be learned from, or "".
 
     Raises:
         UserError: a case is on two sides of one fold, or no fold can be used.
     """
-    parts, skipped = [], []
+    parts: dict[str, np.ndarray] = {}
+    skipped = []
     for name, values in table.folds.items():
         side: dict[str, str] = {}
         for case, value in zip(table.case_ids, values, strict=True):
@@ -100,15 +101,16 @@ def given(
                     "Put all slides of a patient on one side of every fold",
                 )
         part = np.array([_CODES[values[row]] for row in rows], np.int8)
+        missing = lacks(part == TRAIN)
         if not (part == TEST).any():
             skipped.append(f"{name}: no slide with features is tested")
-        elif len(np.unique(labels[(part == TRAIN) & (labels >= 0)])) < least:
-            skipped.append(f"{name}: fewer than two classes to train on")
+        elif missing:
+            skipped.append(f"{name}: {missing} to train on")
         else:
-            parts.append(part)
+            parts[name] = part
     if not parts:
         raise UserError(
             f"no fold of {', '.join(table.folds)} can be used; {skipped[0]}",
             "Mark slides of every class as train and some as test, or pass --fold-column-prefix ''",
         )
-    return np.array(parts), skipped
+    return parts, skipped

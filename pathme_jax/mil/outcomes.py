@@ -59,6 +59,10 @@ class Outcome(Protocol):
         """(n,) what folds are stratified by, -1 where unknown, and the names of the strata."""
         ...
 
+    def lacks(self, truth: np.ndarray) -> str:
+        """What a training part of this truth (k, w) lacks to be learned from, or ""."""
+        ...
+
     def balance(self, truth: np.ndarray) -> np.ndarray:
         """(n,) groups that weigh the same in training."""
         ...
@@ -99,6 +103,9 @@ class Classes:
 
     def strata(self, truth: np.ndarray) -> tuple[np.ndarray, list[str]]:
         return np.nan_to_num(truth[:, 0], nan=-1).astype(int), list(self.task.names)
+
+    def lacks(self, truth: np.ndarray) -> str:
+        return "" if _varies(truth[:, 0]) else "fewer than two classes"
 
     def balance(self, truth: np.ndarray) -> np.ndarray:
         return truth[:, 0]
@@ -150,6 +157,9 @@ class Labels:
         rarest = int(np.nansum(truth, 0).argmin())
         name = self.task.names[rarest]
         return np.nan_to_num(truth[:, rarest], nan=-1).astype(int), [f"not {name}", name]
+
+    def lacks(self, truth: np.ndarray) -> str:
+        return "" if any(map(_varies, truth.T)) else "no label that differs between slides"
 
     def balance(self, truth: np.ndarray) -> np.ndarray:
         return np.where(np.isnan(truth).all(1), np.nan, 0)
@@ -230,6 +240,9 @@ class Number:
         quarter[known] = (4 * (rank - 0.5) / known.sum()).astype(int)
         return quarter, QUARTERS
 
+    def lacks(self, truth: np.ndarray) -> str:
+        return "" if _varies(truth[:, 0]) else "no two numbers that differ"
+
     def balance(self, truth: np.ndarray) -> np.ndarray:
         return np.where(np.isnan(truth[:, 0]), np.nan, 0)
 
@@ -297,6 +310,9 @@ class TimeToEvent:
             return np.where(event < 0, -1, 0), ALIKE
         return event, ["censored", "event"]
 
+    def lacks(self, truth: np.ndarray) -> str:
+        return "" if (truth[:, 1] == 1).any() else "no event"
+
     def balance(self, truth: np.ndarray) -> np.ndarray:
         return np.where(np.isnan(truth[:, 1]), np.nan, 0)
 
@@ -342,6 +358,10 @@ class TimeToEvent:
 
     def columns(self, truth: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
         return {"time_months": truth[0], "event": int(truth[1]), "risk": scores[0]}
+
+
+def _varies(values: np.ndarray) -> bool:
+    return len(np.unique(values[~np.isnan(values)])) > 1
 
 
 def _scores(names: tuple[str, ...], scores: np.ndarray) -> dict[str, float]:

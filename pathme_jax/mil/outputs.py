@@ -66,6 +66,26 @@ def write_history(folder: Path, history: np.ndarray) -> None:
     write_csv(folder / "history.csv", rows, ["fold", "epoch", "loss", "validation_loss"])
 
 
+def write_sweep(
+    folder: Path, tried: list[dict[str, float]], losses: np.ndarray
+) -> list[dict[str, float]]:
+    """sweep.csv: what each of `tried` came to on the validation part of each fold, losses (f, tried); returns the
+    best of each fold."""
+    best = np.where(np.isnan(losses), np.inf, losses).argmin(1).tolist()
+    rows = [
+        {
+            "fold": fold,
+            **candidate,
+            "validation_loss": rounded(loss),
+            "chosen": int(i == best[fold]),
+        }
+        for fold, each in enumerate(losses.tolist())
+        for i, (candidate, loss) in enumerate(zip(tried, each, strict=True))
+    ]
+    write_csv(folder / "sweep.csv", rows, list(rows[0]))
+    return [tried[i] for i in best]
+
+
 def write_attention(
     folder: Path, bags: list[MilBag], pairs: np.ndarray, attention: list[np.ndarray]
 ) -> None:

@@ -27,6 +27,11 @@ class Settings:
     batch: int = _setting(4, "bags per step")
     learning_rate: float = _setting(1e-3, "peak, with cosine decay to zero")
     weight_decay: float = _setting(1e-2, "of AdamW")
+    sweep: str = _setting(
+        "",
+        "rates and decays of which every fold takes the best by its validation loss, "
+        "as learning_rate=1e-4:1e-3,weight_decay=0:1e-2",
+    )
     hidden: int = _setting(64, "width of the instance embedding")
     attention: int = _setting(32, "width of the attention branches")
     dropout: float = _setting(0.25, "of the embedding, in training")

@@ -19,7 +19,8 @@ from pathme_jax.records.survival import read_survival
 from pathme_jax.records.tables import fold_columns, open_table
 
 # By the run itself.
-TAKEN = ("attention", "heads", "figures", "qupath", "run.json", "history.csv", "report.html")
+TAKEN = ("attention", "heads", "figures", "qupath")
+TAKEN += ("run.json", "history.csv", "sweep.csv", "report.html")
 KINDS = ("classes", "labels", "number", "nll", "cox")
 
 

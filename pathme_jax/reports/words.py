@@ -209,6 +209,11 @@ def done(run: list[dict[str, Any]]) -> str:
     )
 
 
+def settings(chosen: dict[str, float]) -> str:
+    """Such as "learning rate 0.001, weight decay 0"."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in chosen.items())
+
+
 _A_KIND = {
     "classes": "classes",
     "labels": "labels that may hold together",

@@ -75,7 +75,7 @@ def test_the_linear_baseline_does_not_see_what_it_is_tested_on():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(30, 4)), (np.arange(30) % 2)[:, None].astype(float)
     part = np.where(np.arange(30) < 20, TRAIN, TEST)
-    plan = crossval.Plan(part[None], [y[None]], (part == TRAIN)[None, :, None] * 1.0, 1, [])
+    plan = crossval.Plan(part[None], [y[None]], (part == TRAIN)[None, :, None] * 1.0, ["0"], [])
     far = x.copy()
     far[21:] += 100
     one, other = (crossval._linear(Y, v, plan, 0, np.array([[0, 20]])) for v in (x, far))
@@ -164,7 +164,7 @@ def test_a_fold_that_knows_nothing_of_a_task_is_named():
         {"fold_0": ["test"] + ["train"] * 5}, [], [],
     )  # fmt: skip
     bags = [MilBag(case, i, []) for i, case in enumerate(ids)]
-    with pytest.raises(UserError, match="fold 0 has no slide to learn hrd from"):
+    with pytest.raises(UserError, match="fold_0 has no two numbers that differ to learn hrd from"):
         crossval.make_plan(bags, table, Settings())
 
 
@@ -227,3 +227,60 @@ def test_a_risk_set_is_not_a_bag_or_two(monkeypatch):
 def slide(i):
     grid = np.zeros((4, 2), np.int32)
     return Bag(f"s{i}", np.zeros((4, 3), np.float32), grid, grid, np.zeros(4, np.uint8), {})
+
+
+def survival_table(event, folds, cases=None, kind="nll"):
+    n = len(event)
+    truth = np.stack([np.arange(1.0, n + 1), event], 1)
+    ids = [f"s{i:02}" for i in range(n)]
+    outcome = TimeToEvent(Task("os", kind, bins=2))
+    table = Table(ids, cases or ids, [outcome], [truth], folds, [], [])
+    return table, [MilBag(case, i, []) for i, case in enumerate(table.case_ids)]
+
+
+def test_a_fold_whose_patients_all_had_the_event_is_used_and_one_without_events_left_out():
+    event = np.array([1, 1, 1, 1, 0, 0, 0, 0])
+    first = ["train"] * 4 + ["test"] * 4
+    table, bags = survival_table(event, {"fold_0": first[::-1], "fold_1": first})
+    plan = crossval.make_plan(bags, table, Settings(shuffles=0))
+    assert plan.names == ["fold_1"] and plan.skipped == ["fold_0: no event to train on"]
+
+
+def test_a_control_is_dealt_again_until_every_fold_can_learn_from_it():
+    """Two bins of time want two events; of three in sixteen a fold of the user's may be dealt fewer."""
+    event = np.zeros(16)
+    event[[1, 3, 5]] = 1
+    columns = {f"fold_{f}": ["test" if i % 4 == 2 * f else "train" for i in range(16)] for f in (0, 1)}  # fmt: skip
+    table, bags = survival_table(event, columns)
+    plan = crossval.make_plan(bags, table, Settings(shuffles=30))
+    learned = [
+        truth[part == TRAIN, 1].sum() for part, truth in zip(plan.parts, plan.truth[0], strict=True)
+    ]
+    assert min(learned) == 2
+    first = [crossval.permuted(table.case_ids, table.truth, [0, 7, i])[0] for i in range(30)]
+    assert min(of[part == TRAIN, 1].sum() for of in first for part in plan.parts[:2]) < 2
+
+
+def test_a_control_that_cannot_be_dealt_is_refused():
+    event = np.array([1.0, 1] + [0] * 60)
+    columns = {f"fold_{f}": ["train"] * 2 + ["test"] * 60 for f in range(2)}
+    table, bags = survival_table(event, columns)
+    with pytest.raises(UserError, match=r"in 50 dealings .* nothing to learn from"):
+        crossval.make_plan(bags, table, Settings())
+
+
+def test_patients_are_counted_once_however_many_slides_they_have():
+    """In the quantiles of time and in a number's mean; also where only one of the slides knows it."""
+    cases = ["a"] * 5 + ["b", "c", "d", "e"]
+    part = np.array([TRAIN] * 8 + [TEST])
+    truth = np.array([np.nan, 1, 1, 1, 1, 2, 3, 4, 9.0])[:, None]
+    kept = crossval.once(part, truth, cases)
+    assert (kept == TRAIN).tolist() == [False, True, False, False, False, True, True, True, False]
+    assert kept[8] == TEST
+    assert Number(Task("n", "number")).scale(kept, truth)[1] == 2.5
+    table, bags = survival_table(np.ones(12), {}, ["a"] * 8 + list("bcde"))
+    table.truth[0][:8, 0] = 1
+    settings = Settings(folds=2, shuffles=0)
+    plan = crossval.make_plan(bags, table, settings)
+    asked = crossval.once(plan.parts[0], plan.truth[0][0], table.case_ids)
+    assert (asked == TRAIN).sum() == len({c for c, p in zip(table.case_ids, plan.parts[0], strict=True) if p == TRAIN})  # fmt: skip

@@ -79,27 +79,31 @@ def table(cases, labels, folds):
     return Labels("y", ["0", "1"], slides, cases, np.array(labels), folds, [], [])
 
 
+def two_of(labels):
+    return lambda train: "" if len(set(labels[train])) > 1 else "fewer than two classes"
+
+
 def test_the_users_folds_are_taken_as_they_are():
     folds = {"fold_0": ["train", "train", "val", "test", ""]}
     labels = table(list("abcde"), [0, 1, 0, 1, 0], folds)
-    parts, skipped = from_columns(labels, [0, 1, 2, 3, 4], labels.labels)
-    assert parts.tolist() == [[TRAIN, TRAIN, VALIDATION, TEST, 0]] and skipped == []
+    parts, skipped = from_columns(labels, [0, 1, 2, 3, 4], two_of(labels.labels))
+    assert parts["fold_0"].tolist() == [TRAIN, TRAIN, VALIDATION, TEST, 0] and skipped == []
 
 
 @pytest.mark.parametrize("other", ["val", "train", ""])
 def test_a_leaking_patient_is_named(other):
     labels = table(list("abcc"), [0, 1, 0, 0], {"fold_0": ["train", "train", "test", other]})
     with pytest.raises(UserError, match="fold_0: patient 'c' is in both test and"):
-        from_columns(labels, [0, 1, 2], labels.labels[:3])
+        from_columns(labels, [0, 1, 2], two_of(labels.labels[:3]))
 
 
 def test_a_fold_that_lost_its_slides_is_left_out_and_said():
     first, second = ["train", "train", "train", "test"], ["test", "train", "train", "train"]
     labels = table(list("abcd"), [0, 1, 0, 1], {"fold_0": first, "fold_1": second})
     rows = [0, 1, 2]  # d has no features
-    parts, skipped = from_columns(labels, rows, labels.labels[rows])
-    assert parts.tolist() == [[TEST, TRAIN, TRAIN]]
+    parts, skipped = from_columns(labels, rows, two_of(labels.labels[rows]))
+    assert {name: part.tolist() for name, part in parts.items()} == {"fold_1": [TEST, TRAIN, TRAIN]}
     assert skipped == ["fold_0: no slide with features is tested"]
     rows = [0, 2]  # nothing of class 1 is left
     with pytest.raises(UserError, match="no fold of fold_0, fold_1 can be used"):
-        from_columns(labels, rows, labels.labels[rows])
+        from_columns(labels, rows, two_of(labels.labels[rows]))

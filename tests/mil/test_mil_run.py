@@ -12,6 +12,7 @@ import pytest
 
 from pathme_jax import mil_train
 from pathme_jax.errors import UserError
+from pathme_jax.evaluation.auroc import auroc
 from pathme_jax.files import read_json
 from pathme_jax.mil import crossval, saved
 from pathme_jax.mil.bags import MilBag
@@ -220,6 +221,78 @@ def test_heads_that_vote_are_averaged_and_kept(tmp_path):
     assert mean[1] == pytest.approx(float(row["score_b"]), abs=1e-5)
 
 
+def test_settings_are_chosen_by_each_fold_and_told(tmp_path):
+    """A rate that learns and one that does not; the heads kept, their history and the scores are the learner's."""
+    make_cohort(tmp_path, cases=12, per_case=1)
+    rows = (tmp_path / "labels.csv").read_text().split()
+    parts = ["test", "test", "val", "val"] + ["train"] * 8
+    lines = [f"{row},{part}" for row, part in zip(rows[1:], parts, strict=True)]
+    (tmp_path / "labels.csv").write_text("\n".join([rows[0] + ",fold_0", *lines]) + "\n")
+    found = quick(tmp_path, sweep="learning_rate=1e-7:5e-3", seeds=2, shuffles=0)
+    assert found["chosen"] == [{"learning_rate": 5e-3, "weight_decay": 1e-2}]
+    assert found["fold_names"] == ["fold_0"]
+    with open(run_of(found) / "sweep.csv", newline="") as file:
+        told = list(csv.DictReader(file))
+    assert [row["chosen"] for row in told] == ["0", "1"]
+    assert float(told[0]["validation_loss"]) > float(told[1]["validation_loss"])
+    plain = quick(tmp_path, seeds=2, shuffles=0)
+    for name in ("history.csv", "cases.csv"):
+        for one, other in zip(rows_of(found, name), rows_of(plain, name), strict=True):
+            assert one.keys() == other.keys()
+            for key in one.keys() - {"case_id", "fold", "label", "epoch"}:
+                assert float(one[key]) == pytest.approx(float(other[key]), abs=2e-3)
+    with pytest.raises(UserError, match="fold 0 has no validation part to choose by"):
+        quick(tmp_path, sweep="weight_decay=0:1", fold_column_prefix="")
+
+
+def test_the_history_is_of_the_folds_and_not_of_the_controls(tmp_path, monkeypatch):
+    """The first seed of every fold, in their order."""
+    make_cohort(tmp_path, cases=8, per_case=1)
+    fitted = {}
+    fit = crossval.fit_plan
+
+    def kept(*args):
+        fitted["history"] = (found := fit(*args))[0].history
+        return found
+
+    monkeypatch.setattr(crossval, "fit_plan", kept)
+    found = quick(tmp_path, seeds=2, epochs=3)
+    written = [float(row["loss"]) for row in rows_of(found, "history.csv")]
+    assert len(fitted["history"]) == 2 * 2 * 2  # folds, seeds, and as many for the control
+    np.testing.assert_allclose(written, fitted["history"][[0, 2], :, 0].ravel(), atol=1e-6)
+
+
+def test_bags_cut_in_training_are_whole_when_they_are_judged(tmp_path):
+    make_cohort(tmp_path, cases=6, per_case=1)
+    found = quick(tmp_path, epochs=1, max_instances=8)
+    with h5py.File(run_of(found) / "attention" / "s01.h5") as file:
+        attention = np.asarray(file["attention"])
+    assert attention.shape == (29,) and (attention > 0).all()
+
+
+def test_blanks_of_labels_are_neither_learned_nor_judged(tmp_path):
+    """What a blank would be read as, by either label, is planted where it would show."""
+    make_cohort(tmp_path, cases=16, per_case=1)
+    lines = ["case_id,slide_id,er,pr"]
+    for i in range(16):
+        lines.append(f"c{i},s{i:02},{i % 2},{'' if i % 4 < 2 else i % 2}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+    args = (tmp_path / "features", tmp_path / "labels.csv", "labels:er+pr", tmp_path / "out")
+    found = run(*args, **(QUICK | {"epochs": 2}))["er+pr"]
+    assert found["cases_per_class"] == {"er": 8, "pr": 4}
+    blank = [row["case_id"] for row in rows_of(found, "cases.csv") if row["label_pr"] == ""]
+    assert len(blank) == 8
+    said = rows_of(found, "cases.csv")
+    known = [row for row in said if row["label_pr"] != ""]
+    expected = {}
+    for name, rows in (("er", said), ("pr", known)):
+        folds = np.array([int(row["fold"]) for row in rows])
+        of = np.array([int(row[f"label_{name}"]) for row in rows])
+        score = np.array([float(row[f"score_{name}"]) for row in rows])
+        expected[name] = auroc(np.stack([-score, score], 1), of, folds)
+    assert found["rows"]["head"]["labels"] == pytest.approx(expected, abs=1e-4)
+
+
 def test_attention_of_a_class_is_shown_only_by_heads_that_have_one_a_class():
     """Two heads of ABMIL are not two classes'."""
     tasks = Tasks((Task("os", "cox"), Task("y", "classes", ("a", "b"))))
@@ -348,7 +421,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(tmp_path, capsys):
     mil_train.main([*map(str, flags), "--dry-run"])
     said = capsys.readouterr().out
     assert "12 slides of 6 patients" in said and "{'a': 3, 'b': 3}" in said
-    assert "3 folds (stratified by case), x 2 seeds, and 1 controls: 12 heads" in said
+    assert "3 folds (stratified by case), x 2 seeds, and 1 controls: 12 heads, abmil" in said
     assert "kept on the device" in said and not (tmp_path / "out").exists()
     mil_train.main([*map(str, flags), "--dry-run", "--device-gb", "1e-9"])
     assert "streamed to the device" in capsys.readouterr().out
