@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +14,23 @@ import pytest
 import tifffile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Small programs, run a few times: nearly all of their time is compilation.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+# What one worker or child process has compiled in this run, no other compiles again.
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+OURS = CACHE not in os.environ
+if OURS:
+    os.environ[CACHE] = tempfile.mkdtemp(prefix="pathme_jax-tests-")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 SIZE = 1100  # px at 0.5 µm; with 128 px fields 8 × 8 fields and 2 × 2 regions fit
+
+
+def pytest_unconfigure() -> None:
+    if OURS:
+        shutil.rmtree(os.environ[CACHE], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -9,6 +11,8 @@ from jax import Array
 
 from pathme_jax.mil.heads.common import Bag, Out, embedded, masked_softmax, single
 from pathme_jax.mil.heads.square import SequenceConv, largest_side, packed, side_of
+
+LARGE = 30_000  # tokens, beyond which heads take turns and are computed twice
 
 
 class TransMIL(nn.Module):
@@ -20,9 +24,9 @@ class TransMIL(nn.Module):
     The square, the landmarks and the layers' front padding depend on the number of instances, not on the size they
     are padded to. Depends on the order of the instances, by design.
 
-    Cost: O(m · landmarks) in time and memory; the gradient of 200,000 × 1,024 features takes 30 GiB by XLA's count
-    with the paper's sizes (CPU), and that is the largest bag it is meant for. Small bags pay for the pseudo-inverse of landmarks × landmarks a head:
-    fewer `landmarks` do for them.
+    Cost: O(m · landmarks) in time and memory; the gradient of 200,000 × 1,024 features takes 16 GiB by XLA's count
+    with the paper's sizes (CPU), since heads then take turns. Small bags pay for the pseudo-inverse of landmarks ×
+    landmarks a head: fewer `landmarks` do for them.
 
     `attention`, (1, m), is torchmil's, row CLS of the second layer averaged over heads, with three steps more to
     make it a distribution: repeated instances get the sum of their places, what Nyström's approximation makes
@@ -100,16 +104,23 @@ class NystromAttention(nn.Module):
         stretch = -(-length // self.landmarks)
         front = stretch * self.landmarks - length
         q_mean, k_mean = (self._means(each, real, stretch, front) for each in (q, k))
-        to_landmarks = nn.softmax(jnp.einsum("hid,hjd->hij", q, k_mean))
         between = nn.softmax(jnp.einsum("hid,hjd->hij", q_mean, k_mean))
-        from_landmarks = _softmax_with_zeros(jnp.einsum("hid,hjd->hij", q_mean, k), real, front)
         inverse = pseudo_inverse(between, self.pinv_iterations)
-        out = to_landmarks @ (inverse @ (from_landmarks @ v))
-        out = out + SequenceConv(self.residual_width, name="residual")(v)
 
+        def of_head(head: tuple[Array, ...]) -> tuple[Array, Array]:
+            q, k, v, q_mean, k_mean, inverse = head
+            to_landmarks = nn.softmax(q @ k_mean.T)
+            from_landmarks = _softmax_with_zeros(q_mean @ k.T, real, front)
+            row = to_landmarks[0] @ inverse @ from_landmarks
+            return to_landmarks @ (inverse @ (from_landmarks @ v)), row
+
+        # The (heads, t, landmarks) of a large bag, and of its gradient, do not fit at once.
+        each_head = functools.partial(jax.lax.map, jax.checkpoint(of_head))
+        apply = each_head if size > LARGE else jax.vmap(of_head)
+        out, rows = apply((q, k, v, q_mean, k_mean, inverse))
+        out = out + SequenceConv(self.residual_width, name="residual")(v)
         out = out.transpose(1, 0, 2).reshape(size, width)
-        row = jnp.einsum("hi,hij,hjt->t", to_landmarks[:, 0], inverse, from_landmarks) / self.heads
-        return nn.Dense(width, name="out")(out), row
+        return nn.Dense(width, name="out")(out), rows.mean(0)
 
     def _means(self, x: Array, real: Array, stretch: Array, front: Array) -> Array:
         """(heads, t, w), zero where not real → (heads, landmarks, w)"""

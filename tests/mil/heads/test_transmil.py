@@ -7,10 +7,12 @@ import types
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pathme_jax.mil.heads import transmil
 from pathme_jax.mil.heads.square import largest_side, side_of
 from pathme_jax.mil.heads.transmil import TransMIL
 
@@ -48,6 +50,23 @@ def test_a_repeated_instance_has_the_attention_of_both_its_places():
     found, spread = (contract.answer(head, params, bag) for bag in (two, four))
     contract.close(found.logits, spread.logits)
     contract.close(found.attention[0], spread.attention[0, :2] + spread.attention[0, 2:])
+
+
+def test_heads_of_a_large_bag_take_turns_with_the_same_answer_and_gradient(monkeypatch):
+    head = TransMIL(**SMALL)
+    params, given = contract.parameters(head), contract.bag(21)
+
+    found = []
+    for large in (transmil.LARGE, 0):
+        monkeypatch.setattr(transmil, "LARGE", large)
+
+        def loss(params):
+            out = head.apply({"params": params}, given)
+            return (out.logits**2).sum(), out
+
+        found.append(jax.tree.leaves(jax.jit(jax.grad(loss, has_aux=True))(params)))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_the_side_of_the_square_is_exact():
