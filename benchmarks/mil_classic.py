@@ -117,13 +117,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--decay", type=float, default=5e-3)
+    parser.add_argument("--waste", type=float, default=buckets.WASTE, help="padding, at most")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {vars(args)}")
     found = {}
     for name in args.data.split(","):
         bags, labels = read(name)
-        packed = buckets.pack(bags)
+        packed = buckets.pack(bags, waste=args.waste)
         print(
             f"{name}: {len(bags)} bags, {labels.sum()} positive, padding x {buckets.waste(packed):.2f}"
         )
