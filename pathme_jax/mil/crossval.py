@@ -76,13 +76,11 @@ def make_plan(bags: list[MilBag], table: Table, settings: Settings) -> Plan:
 
     parts, skipped = split(true)
     for name, part in parts.items():
-        for outcome, of in zip(table.outcomes, true, strict=True):
-            missing = outcome.lacks(of[part == folds.TRAIN])
-            if missing:
-                raise UserError(
-                    f"{name} has {missing} to learn {outcome.task.name} from",
-                    "Use fewer tasks, or other folds",
-                )
+        unknown = _unknown(table.outcomes, part, true)
+        if unknown:
+            raise UserError(
+                f"{name} has no slide to learn {unknown} from", "Use fewer tasks, or other folds"
+            )
     each = [(part, true) for part in parts.values()]
     for i in range(settings.shuffles):
         each += _control(table, cases, true, list(parts.values()), split, [settings.seed, 7, i])
@@ -122,13 +120,21 @@ def _control(
     )
 
 
+def _unknown(outcomes: Sequence[Outcome], part: np.ndarray, truth: list[np.ndarray]) -> str:
+    """The first task of which the training part knows nothing, or ""."""
+    for outcome, of in zip(outcomes, truth, strict=True):
+        if np.isnan(of[part == folds.TRAIN]).all():
+            return outcome.task.name
+    return ""
+
+
 def _can_learn(
     outcomes: Sequence[Outcome], part: np.ndarray, truth: list[np.ndarray], cases: list[str]
 ) -> bool:
+    if outcomes[0].lacks(truth[0][part == folds.TRAIN]) or _unknown(outcomes, part, truth):
+        return False
     try:
         for outcome, of in zip(outcomes, truth, strict=True):
-            if outcome.lacks(of[part == folds.TRAIN]):
-                return False
             outcome.targets(once(part, of, cases), of)
     except UserError:  # too few events for the bins of time
         return False
@@ -402,6 +408,7 @@ def _finite(scores: list[np.ndarray], tested: np.ndarray, folds_: int, table: Ta
 
 
 def _check(table: Table, settings: Settings) -> None:
+    sweep.candidates(settings)
     kinds = [task.kind for task in table.tasks.each]
     if "cox" in kinds and settings.batch < RISK_SET:
         raise UserError(

@@ -164,7 +164,7 @@ def test_a_fold_that_knows_nothing_of_a_task_is_named():
         {"fold_0": ["test"] + ["train"] * 5}, [], [],
     )  # fmt: skip
     bags = [MilBag(case, i, []) for i, case in enumerate(ids)]
-    with pytest.raises(UserError, match="fold_0 has no two numbers that differ to learn hrd from"):
+    with pytest.raises(UserError, match="fold_0 has no slide to learn hrd from"):
         crossval.make_plan(bags, table, Settings())
 
 
