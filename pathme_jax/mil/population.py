@@ -158,7 +158,11 @@ def fit(
     losses: list[np.ndarray] = []
     done = 0
     epochs = tqdm(
-        range(schedule.epochs), desc=name, unit="epoch", leave=False, disable=not progress
+        range(schedule.epochs),
+        desc=name,
+        unit="epoch",
+        leave=False,
+        disable=None if progress else True,
     )
     for epoch in epochs:
         begun = []
