@@ -248,7 +248,12 @@ def _parts(
 ) -> tuple[np.ndarray, list[str]]:
     """(f, s) parts of the slides, whose first rows are `at`."""
     if table.folds:
-        return splits.given(table, rows.row[at].tolist(), rows.labels[at])
+
+        def lacks(train: np.ndarray) -> str:
+            return "" if len(np.unique(rows.labels[at][train])) > 1 else "fewer than two classes"
+
+        parts, skipped = splits.given(table, rows.row[at].tolist(), lacks)
+        return np.array(list(parts.values())), skipped
     cases = rows.cases[at].tolist()
     return splits.stratified(
         cases, rows.labels[at], table.classes, settings.folds, settings.seed

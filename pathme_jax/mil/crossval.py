@@ -70,8 +70,9 @@ def make_plan(bags: list[MilBag], table: Table, settings: Settings) -> Plan:
         first = table.outcomes[0]
         if table.folds:
             return folds.given(table, rows, lambda train: first.lacks(truth[0][train]))
-        strata, names = first.strata(truth[0])
-        parts = folds.stratified(cases, strata, names, settings.folds, settings.seed)
+        _, unit = np.unique(cases, return_inverse=True)
+        strata, names = first.strata(of_cases(truth[0], unit))  # patients, not slides, are counted
+        parts = folds.stratified(cases, strata[unit], names, settings.folds, settings.seed)
         return {f"fold {i}": part for i, part in enumerate(parts)}, []
 
     parts, skipped = split(true)
@@ -81,11 +82,12 @@ def make_plan(bags: list[MilBag], table: Table, settings: Settings) -> Plan:
             raise UserError(
                 f"{name} has no slide to learn {unknown} from", "Use fewer tasks, or other folds"
             )
+        _targets(table.outcomes, part, true, cases)
+    if settings.sweep:
+        sweep.check(parts, true)
     each = [(part, true) for part in parts.values()]
     for i in range(settings.shuffles):
         each += _control(table, cases, true, list(parts.values()), split, [settings.seed, 7, i])
-    if settings.sweep:
-        sweep.check([part for part, _ in each], [*parts] * (1 + settings.shuffles))
     return Plan(
         np.array([part for part, _ in each]),
         [np.array([truth[t] for _, truth in each]) for t in range(len(true))],
@@ -134,11 +136,25 @@ def _can_learn(
     if outcomes[0].lacks(truth[0][part == folds.TRAIN]) or _unknown(outcomes, part, truth):
         return False
     try:
-        for outcome, of in zip(outcomes, truth, strict=True):
-            outcome.targets(once(part, of, cases), of)
-    except UserError:  # too few events for the bins of time
+        _targets(outcomes, part, truth, cases)
+    except UserError:
         return False
     return True
+
+
+def _targets(
+    outcomes: Sequence[Outcome], part: np.ndarray, truth: list[np.ndarray], cases: list[str]
+) -> np.ndarray:
+    """(n, width of all tasks) what one member is trained towards.
+
+    Raises:
+        UserError: too few events for the bins of time.
+    """
+    each = [
+        outcome.targets(once(part, of, cases), of)
+        for outcome, of in zip(outcomes, truth, strict=True)
+    ]
+    return np.concatenate(each, -1)
 
 
 def once(part: np.ndarray, truth: np.ndarray, cases: list[str]) -> np.ndarray:
@@ -194,21 +210,25 @@ def of_cases(values: np.ndarray, unit: np.ndarray) -> np.ndarray:
 
 def fit_plan(
     bags: list[MilBag], table: Table, plan: Plan, settings: Settings, name: str
-) -> tuple[population.Population, list[buckets.Bucket], np.ndarray]:
+) -> tuple[population.Population, list[buckets.Bucket], np.ndarray, np.ndarray]:
     """Each of the p rows of the plan as `settings.seeds` members, of the best of the candidates of `settings.sweep`;
-    the bags, whole; and (p, candidates) validation losses."""
+    the bags, whole; (p,) which candidate that is, and (p, candidates) validation losses.
+
+    Raises:
+        UserError: of a fold no candidate has a validation loss.
+    """
     tried = sweep.candidates(settings)
     p, cases = len(plan.parts), [bag.case_id for bag in bags]
-    targets = [
-        np.array(
-            [outcome.targets(once(plan.parts[i], truth[i], cases), truth[i]) for i in range(p)]
-        )
-        for outcome, truth in zip(table.outcomes, plan.truth, strict=True)
-    ]
+    targets = np.array(
+        [
+            _targets(table.outcomes, part, [truth[i] for truth in plan.truth], cases)
+            for i, part in enumerate(plan.parts)
+        ]
+    )
     each, at, seed = np.indices((p, len(tried), settings.seeds)).reshape(3, -1)
     members = population.Members(
         parts=plan.parts[each],
-        targets=np.concatenate(targets, -1)[each],
+        targets=targets[each],
         weights=plan.weights[each],
         seeds=settings.seed + seed,
         rates=np.array([candidate["learning_rate"] for candidate in tried])[at],
@@ -229,11 +249,19 @@ def fit_plan(
         instances=settings.bag_devices,
         name=name,
     )
-    chosen, losses = sweep.choose(fitted, p, len(tried), settings.seeds)
+    best, losses = sweep.choose(fitted, p, len(tried), settings.seeds)
+    for fold, each_loss in zip(plan.names, losses, strict=False):
+        if settings.sweep and np.isnan(each_loss).all():
+            raise UserError(
+                f"--sweep, but in {fold} no candidate has a validation loss",
+                "Its validation part must tell something (an event, for survival); or lower the rates",
+            )
     most, whole = settings.max_instances, training
     if most and any(bag.features.shape[0] > most for bag in bags):
         whole = buckets.pack([bag.features for bag in bags], [bag.cells for bag in bags])
-    return fitted.take(chosen), whole, losses
+    own = (np.arange(p) * len(tried) + best) * settings.seeds
+    members_of = (own[:, None] + np.arange(settings.seeds)).ravel()
+    return fitted.take(members_of), whole, best, losses
 
 
 def _packed(bags: list[MilBag], table: Table, settings: Settings) -> list[buckets.Bucket]:
@@ -305,8 +333,8 @@ def describe(cohort: Cohort, table: Table, settings: Settings) -> str:
         f"{sum(map(len, features))} instances of width {features[0].shape[1]}; "
         f"{len(cohort.problems)} slides left out"
     ]
-    for outcome, truth in zip(table.outcomes, table.truth, strict=True):
-        own, task = _known(bags, truth), outcome.task
+    for outcome, truth in zip(table.outcomes, plan.truth, strict=True):
+        own, task = _known(bags, truth[0]), outcome.task
         about = rounded(outcome.summary(own))
         lines.append(f"{task.name} ({task.kind}): {len(own)} of them know it, {about}")
     tried = len(sweep.candidates(settings))
@@ -345,15 +373,17 @@ def evaluate(
     rgb = read_colour(colour, bags) if colour else None
     plan = make_plan(bags, table, settings)
     k, cases = plan.folds, [bag.case_id for bag in bags]
-    fitted, packed, losses = fit_plan(bags, table, plan, settings, about["name"])
+    fitted, packed, best, losses = fit_plan(bags, table, plan, settings, about["name"])
     tested = np.argwhere(plan.parts == folds.TEST)  # pairs of plan row and bag, true labels first
     scores, attention = answers(fitted, packed, tested, settings.seeds)
-    _finite(scores, tested, k, table)
+    _finite(scores, tested, plan, table)
     means = np.array([np.asarray(bag.features).mean(0) for bag in bags])
     real = tested[:, 0] < k
     chosen: dict[str, Any] = {}
     if settings.sweep:
-        chosen["chosen"] = write_sweep(folder, sweep.candidates(settings), losses[:k])
+        tried = sweep.candidates(settings)
+        write_sweep(folder, tried, losses[:k], best[:k])
+        chosen["chosen"] = [tried[i] for i in best[:k]]
     scales: dict[str, list[Any]] = {}
     for t, outcome in enumerate(table.outcomes):
         truth = plan.truth[t]
@@ -375,7 +405,7 @@ def evaluate(
             found["shuffled"] = (tested[~real], said[~real])
         rows = {row: by_case(pairs, of, truth, bags) for row, (pairs, of) in found.items()}
         write_scores(folder / outcome.task.name, outcome, bags, *found["head"], truth, rows["head"])
-        known = _known(bags, table.truth[t])
+        known = _known(bags, plan.truth[t][0])
         content = _metrics(outcome, known, rows, cohort, table, bags, plan, packed, settings)
         write_json(folder / outcome.task.name / "metrics.json", content | chosen | about)
     write_history(folder, fitted.history[: k * settings.seeds : settings.seeds])
@@ -395,15 +425,15 @@ def evaluate(
     )
 
 
-def _finite(scores: list[np.ndarray], tested: np.ndarray, folds_: int, table: Table) -> None:
+def _finite(scores: list[np.ndarray], tested: np.ndarray, plan: Plan, table: Table) -> None:
     for task, said in zip(table.tasks.each, scores, strict=True):
         bad = ~np.isfinite(said).all(1)
         if bad.any():
             row = int(tested[bad][0, 0])
-            which = f"fold {row}" if row < folds_ else "a control"
+            which = plan.names[row] if row < plan.folds else "a control"
             raise UserError(
                 f"the head of {which} says of {task.name} what is not a number: its training diverged",
-                "Lower --learning-rate",
+                "Lower the learning rate",
             )
 
 
@@ -453,9 +483,10 @@ def by_case(pairs: np.ndarray, scores: np.ndarray, truth: np.ndarray, bags: list
 
 
 def _known(bags: list[MilBag], truth: np.ndarray) -> np.ndarray:
-    """(k, w) truth of the cases with bags that know it, from that of the table's rows (n, w)."""
-    rows = {bag.case_id: bag.row for bag in bags if not np.isnan(truth[bag.row]).all()}
-    return truth[list(rows.values())]
+    """(k, w) truth of the cases that know it, from that of the bags (n, w)."""
+    _, unit = np.unique([bag.case_id for bag in bags], return_inverse=True)
+    own = of_cases(truth, unit)
+    return own[~np.isnan(own).all(1)]
 
 
 def _metrics(

@@ -111,6 +111,7 @@ def given(
     if not parts:
         raise UserError(
             f"no fold of {', '.join(table.folds)} can be used; {skipped[0]}",
-            "Mark slides of every class as train and some as test, or pass --fold-column-prefix ''",
+            "Mark slides that differ in what is to be learned as train and some as test, or pass "
+            "--fold-column-prefix ''",
         )
     return parts, skipped

@@ -67,23 +67,15 @@ def write_history(folder: Path, history: np.ndarray) -> None:
 
 
 def write_sweep(
-    folder: Path, tried: list[dict[str, float]], losses: np.ndarray
-) -> list[dict[str, float]]:
-    """sweep.csv: what each of `tried` came to on the validation part of each fold, losses (f, tried); returns the
-    best of each fold."""
-    best = np.where(np.isnan(losses), np.inf, losses).argmin(1).tolist()
+    folder: Path, tried: list[dict[str, float]], losses: np.ndarray, best: np.ndarray
+) -> None:
+    """sweep.csv: what each of `tried` came to on the validation part of each fold, losses (f, tried), best (f,)."""
     rows = [
-        {
-            "fold": fold,
-            **candidate,
-            "validation_loss": rounded(loss),
-            "chosen": int(i == best[fold]),
-        }
-        for fold, each in enumerate(losses.tolist())
+        {"fold": fold, **candidate, "validation_loss": rounded(loss), "chosen": int(i == one)}
+        for fold, (each, one) in enumerate(zip(losses.tolist(), best.tolist(), strict=True))
         for i, (candidate, loss) in enumerate(zip(tried, each, strict=True))
     ]
     write_csv(folder / "sweep.csv", rows, list(rows[0]))
-    return [tried[i] for i in best]
 
 
 def write_attention(

@@ -1,6 +1,6 @@
 """One cross-validation: feature files and labels in, a folder of predictions, metrics, attention and heads out.
 
-    <out>/<name>-<hash8>/run.json history.csv attention/<slide>.h5 heads/
+    <out>/<name>-<hash8>/run.json history.csv [sweep.csv] attention/<slide>.h5 heads/
                          <task>/metrics.json predictions.csv cases.csv
 
 The hash names the recipe: settings, labels, and the recipes of all feature files. The folder appears when it is

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -46,14 +46,15 @@ def _number(sweep: str, name: str, text: str) -> float:
     return value
 
 
-def check(parts: Sequence[np.ndarray], names: Sequence[str]) -> None:
-    """Refuses folds, each (n,) parts, without a validation part to choose by.
+def check(parts: Mapping[str, np.ndarray], truth: Sequence[np.ndarray]) -> None:
+    """Refuses folds, each (n,) parts, without a validation part that knows of a task; truth of each (n, w).
 
     Raises:
         UserError: names the first of them.
     """
-    for part, name in zip(parts, names, strict=True):
-        if not (part == VALIDATION).any():
+    known = np.any([~np.isnan(of).all(1) for of in truth], 0)
+    for name, part in parts.items():
+        if not ((part == VALIDATION) & known).any():
             raise UserError(
                 f"--sweep, but {name} has no validation part to choose by",
                 "Give 20 training patients or more of every class, or mark some as val in your folds",
@@ -61,16 +62,14 @@ def check(parts: Sequence[np.ndarray], names: Sequence[str]) -> None:
 
 
 def choose(fitted: Population, rows: int, tried: int, seeds: int) -> tuple[np.ndarray, np.ndarray]:
-    """The members of each row's best candidate, and what every candidate came to.
+    """The best candidate of each row, the first where none has a loss, and what every candidate came to.
 
     Args:
         fitted: rows * tried * seeds members in that order.
 
     Returns:
-        (rows * seeds,) members, and (rows, tried) validation losses: of the epoch each seed kept, mean over seeds.
+        (rows,) candidates, and (rows, tried) validation losses: of the epoch each seed kept, mean over seeds.
     """
     kept = fitted.history[np.arange(len(fitted.best)), fitted.best, 1]
     losses = kept.reshape(rows, tried, seeds).mean(-1)
-    best = np.where(np.isnan(losses), np.inf, losses).argmin(1)
-    first = (np.arange(rows) * tried + best) * seeds
-    return (first[:, None] + np.arange(seeds)).ravel(), losses
+    return np.where(np.isnan(losses), np.inf, losses).argmin(1), losses

@@ -143,7 +143,10 @@ def _notes(all_metrics: Mapping[str, dict[str, Any]]) -> list[str]:
                 ] = None
         if each.get("chosen"):
             settings = [words.settings(chosen) for chosen in each["chosen"]]
-            told = [f"{one} in {settings.count(one)} folds" for one in dict.fromkeys(settings)]
+            told = [
+                f"{one} in {settings.count(one)} of {len(settings)} folds"
+                for one in dict.fromkeys(settings)
+            ]
             notes[f"Chosen by the validation loss of each fold: {'; '.join(told)}"] = None
         if each.get("orphans"):
             notes[f"{each['orphans']:,} instances without a parent were left out"] = None

@@ -56,6 +56,22 @@ def arguments(folder, *more, features=("good",)):
     ]
 
 
+def test_the_users_folds_are_used(labelled):
+    """One of them trains on a single class, and is left out."""
+    rows = read_csv(labelled / "labels.csv")
+    for i, row in enumerate(rows):
+        case = i // 2
+        row["fold_0"] = "train" if row["grade"] == "a" else "test"
+        row["fold_1"] = "test" if case < 6 else "train"
+    write_csv(labelled / "labels.csv", rows, list(rows[0]))
+    evaluate.main(arguments(labelled))
+    (metrics,) = (labelled / "out").rglob("metrics.json")
+    found = json.loads(metrics.read_text())
+    assert found["folds_left_out"] == ["fold_0: fewer than two classes to train on"]
+    tested = {row["case_id"] for row in read_csv(metrics.with_name("predictions.csv"))}
+    assert tested == {f"c{i}" for i in range(6)}
+
+
 def test_unis_protocol_tells_a_signal_from_noise_and_says_by_how_much(labelled, capsys):
     evaluate.main(arguments(labelled, features=("noise", "good")))
     printed = capsys.readouterr().out

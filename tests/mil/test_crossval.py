@@ -176,9 +176,10 @@ def test_scores_that_are_no_numbers_are_no_order():
     assert np.isnan(permutation_p(scores, labels, folds, cases, draws=9))
     assert np.isnan(concordance(scores[:, 1], np.arange(1, 11.0), labels))
     table = Table([], [], [Y], [], {}, [], [])
-    with pytest.raises(UserError, match="head of fold 1 says of y what is not a number"):
+    with pytest.raises(UserError, match="head of fold_7 says of y what is not a number"):
+        plan = crossval.Plan(np.zeros(0), [], np.zeros(0), ["fold_0", "fold_7"], [])
         crossval._finite(
-            [np.array([[0.5, 0.5], [np.nan, 0.5]])], np.array([[0, 3], [1, 4]]), 2, table
+            [np.array([[0.5, 0.5], [np.nan, 0.5]])], np.array([[0, 3], [1, 4]]), plan, table
         )
 
 
@@ -284,3 +285,43 @@ def test_patients_are_counted_once_however_many_slides_they_have():
     plan = crossval.make_plan(bags, table, settings)
     asked = crossval.once(plan.parts[0], plan.truth[0][0], table.case_ids)
     assert (asked == TRAIN).sum() == len({c for c, p in zip(table.case_ids, plan.parts[0], strict=True) if p == TRAIN})  # fmt: skip
+
+
+def test_too_few_events_for_the_bins_are_the_folds_fault_and_not_the_controls():
+    event = np.zeros(40)
+    event[:3] = 1
+    table, bags = survival_table(event, {})
+    wide = TimeToEvent(Task("os", "nll", bins=4))
+    table.outcomes[0] = wide
+    with pytest.raises(UserError, match=r"events .* do not fill 4 time bins"):
+        crossval.make_plan(bags, table, Settings())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_controls_have_the_folds_of_the_truth_however_unequal_the_slides(seed):
+    """Counted by slides, the quarters of a number would depend on who has fifteen of them."""
+    rng = np.random.default_rng(seed)
+    slides = np.concatenate([rng.integers(1, 4, 43), [15]])
+    cases = [f"c{i:02}" for i in np.repeat(np.arange(44), slides)]
+    truth = np.repeat(rng.normal(size=44), slides)[:, None]
+    ids = [f"s{i:03}" for i in range(len(cases))]
+    table = Table(ids, cases, [Number(Task("n", "number"))], [truth], {}, [], [])
+    bags = [MilBag(case, i, []) for i, case in enumerate(cases)]
+    plan = crossval.make_plan(bags, table, Settings(folds=4, shuffles=3))
+    assert len(plan.parts) == 4 * 4
+    for row, (part, of) in enumerate(zip(plan.parts, plan.truth[0], strict=True)):
+        tested = {c: v for c, v, p in zip(cases, of[:, 0], part, strict=True) if p == TEST}
+        quarter = np.searchsorted(
+            np.quantile(truth_of(cases, of), [0.25, 0.5, 0.75]), list(tested.values())
+        )
+        assert len(tested) == 11 and np.ptp(np.bincount(quarter, minlength=4)) <= 1, row
+
+
+def truth_of(cases, values):
+    return list(dict(zip(cases, values[:, 0].tolist(), strict=True)).values())
+
+
+def test_cases_are_counted_by_what_any_of_their_slides_knows():
+    bags = [MilBag(case, i, []) for i, case in enumerate(["p", "p", "q", "r"])]
+    known = crossval._known(bags, np.array([[np.nan], [3.0], [4.0], [np.nan]]))
+    assert known.tolist() == [[3.0], [4.0]]

@@ -226,16 +226,18 @@ def test_settings_are_chosen_by_each_fold_and_told(tmp_path):
     make_cohort(tmp_path, cases=12, per_case=1)
     rows = (tmp_path / "labels.csv").read_text().split()
     parts = ["test", "test", "val", "val"] + ["train"] * 8
-    lines = [f"{row},{part}" for row, part in zip(rows[1:], parts, strict=True)]
-    (tmp_path / "labels.csv").write_text("\n".join([rows[0] + ",fold_0", *lines]) + "\n")
-    found = quick(tmp_path, sweep="learning_rate=1e-7:5e-3", seeds=2, shuffles=0)
-    assert found["chosen"] == [{"learning_rate": 5e-3, "weight_decay": 1e-2}]
-    assert found["fold_names"] == ["fold_0"]
+    both = zip(parts, parts[::-1], strict=True)
+    lines = [",".join([row, *each]) for row, each in zip(rows[1:], both, strict=True)]
+    (tmp_path / "labels.csv").write_text("\n".join([rows[0] + ",fold_2,fold_5", *lines]) + "\n")
+    found = quick(tmp_path, sweep="learning_rate=1e-7:5e-3", seeds=2)
+    assert found["chosen"] == [{"learning_rate": 5e-3, "weight_decay": 1e-2}] * 2
+    assert found["fold_names"] == ["fold_2", "fold_5"]
     with open(run_of(found) / "sweep.csv", newline="") as file:
         told = list(csv.DictReader(file))
-    assert [row["chosen"] for row in told] == ["0", "1"]
+    assert [row["chosen"] for row in told] == ["0", "1"] * 2
     assert float(told[0]["validation_loss"]) > float(told[1]["validation_loss"])
-    plain = quick(tmp_path, seeds=2, shuffles=0)
+    plain = quick(tmp_path, seeds=2)
+    assert plain["rows"]["shuffled"]["cases"] == found["rows"]["shuffled"]["cases"] == 4
     for name in ("history.csv", "cases.csv"):
         for one, other in zip(rows_of(found, name), rows_of(plain, name), strict=True):
             assert one.keys() == other.keys()

@@ -39,18 +39,23 @@ def test_what_is_not_understood_is_named(text, said):
 
 
 def test_the_least_validation_loss_of_the_kept_epoch_chooses():
-    """Two rows, three candidates, two seeds; the training loss and later epochs would choose otherwise."""
-    losses = np.array([[[3, 3], [1, 2], [2, 2]], [[1, 1], [5, 5], [np.nan, 0]]], float)
-    history = np.full((12, 2, 2), 0.5)
+    """Three rows, three candidates, two seeds; the training loss and later epochs would choose otherwise."""
+    none = [[np.nan, np.nan]] * 3
+    losses = np.array([[[3, 3], [1, 2], [2, 2]], [[5, 5], [1, 1], [np.nan, 0]], none], float)
+    history = np.full((18, 2, 2), 0.5)
     history[:, 0, 1], history[:, 1, 1] = losses.ravel(), -losses.ravel()
-    fitted = Population(None, Tasks(()), {}, np.zeros((1, 12)), history, np.zeros(12, int))
-    chosen, found = sweep.choose(fitted, 2, 3, 2)
-    assert chosen.tolist() == [2, 3, 6, 7]
-    np.testing.assert_allclose(found, [[3, 1.5, 2], [1, 5, np.nan]])
+    fitted = Population(None, Tasks(()), {}, np.zeros((1, 18)), history, np.zeros(18, int))
+    best, found = sweep.choose(fitted, 3, 3, 2)
+    assert best.tolist() == [1, 1, 0]
+    np.testing.assert_allclose(found, [[3, 1.5, 2], [5, 1, np.nan], [np.nan] * 3])
 
 
 def test_a_fold_without_a_validation_part_is_named():
-    parts = [np.array([TRAIN, VALIDATION, TEST]), np.array([TRAIN, TRAIN, TEST])]
-    sweep.check(parts[:1], ["fold_0"])
-    with pytest.raises(UserError, match="fold_1 has no validation part"):
-        sweep.check(parts, ["fold_0", "fold_1"])
+    parts = {
+        "fold_0": np.array([TRAIN, VALIDATION, TEST]),
+        "fold_1": np.array([VALIDATION, TRAIN, TEST]),
+    }
+    both = [np.array([[1.0], [np.nan], [0]]), np.array([[np.nan], [3.0], [0]])]
+    sweep.check(parts, both)
+    with pytest.raises(UserError, match="fold_0 has no validation part"):
+        sweep.check(parts, both[:1])  # the one slide is not known

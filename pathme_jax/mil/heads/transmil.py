@@ -115,7 +115,7 @@ class NystromAttention(nn.Module):
             return to_landmarks @ (inverse @ (from_landmarks @ v)), row
 
         # The (heads, t, landmarks) of a large bag, and of its gradient, do not fit at once.
-        each_head = functools.partial(jax.lax.map, jax.checkpoint(of_head))
+        each_head = functools.partial(jax.lax.map, jax.checkpoint(of_head, prevent_cse=False))
         apply = each_head if size > LARGE else jax.vmap(of_head)
         out, rows = apply((q, k, v, q_mean, k_mean, inverse))
         out = out + SequenceConv(self.residual_width, name="residual")(v)
