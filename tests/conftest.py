@@ -28,6 +28,14 @@ if OURS:
 SIZE = 1100  # px at 0.5 µm; with 128 px fields 8 × 8 fields and 2 × 2 regions fit
 
 
+# Minutes each: begun first, lest one worker be left alone with them.
+LONG = ("test_resume.py", "test_notebook.py", "test_step.py", "test_mil_run.py", "test_failures.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 def pytest_unconfigure() -> None:
     if OURS:
         shutil.rmtree(os.environ[CACHE], ignore_errors=True)
