@@ -29,7 +29,7 @@ class WiKG(nn.Module):
         The message's score is the dot product of the paper; the code's einsum ("ijkl,ijkm->ijk") multiplies the sum
         of tail_j by the sum of the tanh, which is something else.
         With fewer than k instances an instance has as many neighbours as there are.
-        Dropout on the embedding too, as in MIL-Lab.
+        Dropout on the embedding too, as in MIL-Lab. w has no bias, which the softmax would not notice.
 
     An instance may be its own neighbour, as in the code. `attention`, (1, m): of the pooling.
 
@@ -68,7 +68,8 @@ class WiKG(nn.Module):
         x = drop(nn.leaky_relu(both) + nn.leaky_relu(product))
 
         hidden = nn.leaky_relu(nn.Dense(self.hidden // 2, name="attend_hidden")(x))
-        a = masked_softmax(nn.Dense(1, name="attend")(hidden)[:, 0], bag.mask)
+        # No bias: the softmax over instances would not notice it.
+        a = masked_softmax(nn.Dense(1, use_bias=False, name="attend")(hidden)[:, 0], bag.mask)
         z = nn.LayerNorm(1e-5, name="norm")(a @ x)
         return single(nn.Dense(self.outputs, name="classify")(z), a[None])
 
