@@ -143,13 +143,11 @@ def fit(
     state = put(_init(head, len(mean[0]), jnp.asarray(members.seeds)), EACH)
     feed = Feed(buckets, lambda bags: put(bags, BAGS), resident)
     group = [_group(state, bucket, schedule.batch, mesh) for bucket in buckets]
-    active = [
-        _active(members, bucket, schedule.batch, here, at_once)
-        for bucket, at_once in zip(buckets, group, strict=True)
-    ]
+    active = [_active(members, bucket, schedule.batch, here) for bucket in buckets]
     steps = sum(-(-len(bucket.index) // schedule.batch) for bucket in buckets) * schedule.epochs
     key = put(jax.random.key(schedule.seed), ALL)
 
+    held = _held(tasks, members)
     validated = (members.parts == VALIDATION).any(1)
     best = jax.tree.map(jnp.copy, state["params"])  # the state itself is given away each run
     least = np.full(len(members), np.inf)
@@ -197,7 +195,7 @@ def fit(
             best, kept[:] = state["params"], epoch
             continue
         logits = _all_logits(head, mesh, state["params"], fixed, feed, group)
-        found = _validation_loss(tasks, logits, members)
+        found = _validation_loss(tasks, logits, held)
         history[:, epoch, 1] = np.where(resting, np.nan, found)
         # Without a validation loss yet, the last epoch is kept.
         better = ~resting & (~validated | (found < least) | (np.isnan(found) & np.isinf(least)))
@@ -305,11 +303,11 @@ def _group(state: Any, bucket: Bucket, batch: int, mesh: Mesh) -> int:
     return max(1, min(count, most, GROUP_BYTES // held))
 
 
-def _active(members: Members, bucket: Bucket, batch: int, devices: int, group: int) -> int:
-    """How many members of a device a step must work on. Fewer than all where every bag is held out of some, and
-    taking them apart costs less than it saves: they take turns anyway, or the bag is large."""
+def _active(members: Members, bucket: Bucket, batch: int, devices: int) -> int:
+    """How many members of a device a step must work on. Fewer than all where every bag is held out of some, and it
+    is so large that taking them apart costs less than it saves."""
     here = len(members) // devices
-    if batch > 1 or (group == here and bucket.size < LARGE):
+    if batch > 1 or bucket.size < LARGE:
         return here
     training = members.weights[:, bucket.index].any(2).reshape(devices, here, -1)
     return int(training.sum(1).max())
@@ -359,29 +357,20 @@ def _run(
         nothing = jnp.zeros(len(plan["rate"]))
         some = plan["active"]
         own = {key: value for key, value in plan.items() if key != "active"}
-        update = jax.vmap(functools.partial(_update, head, tasks, seen, here))
 
-        def turn(mine: Array, carry: Any) -> Any:
-            state, loss = carry
-            new, own_loss = update(*jax.tree.map(lambda x: x[mine], (state, fixed, own)))
-            state = jax.tree.map(lambda x, y: x.at[mine].set(y), state, new)
-            return state, loss.at[mine].set(own_loss)
+        def update(each: Any) -> tuple[Any, Array]:
+            return _update(head, tasks, seen, here, *each)
 
         def do(state: Any) -> Any:
-            if group == len(some) == len(nothing):
-                return update(state, fixed, own)
             if not len(some):
                 return state, nothing
-            turns, left = divmod(len(some), group)
-            if not turns:
-                return turn(some, (state, nothing))
-            carry = jax.lax.fori_loop(
-                0,
-                turns,
-                lambda i, carry: turn(jax.lax.dynamic_slice(some, (i * group,), (group,)), carry),
-                (state, nothing),
-            )
-            return turn(some[-left:], carry) if left else carry
+            everyone = (state, fixed, own)
+            if len(some) == len(nothing):
+                return _in_turns(update, everyone, group)
+            # Taken out and put back once a step: turns that write into the state would copy all of it each time.
+            new, loss = _in_turns(update, jax.tree.map(lambda x: x[some], everyone), group)
+            state = jax.tree.map(lambda x, y: x.at[some].set(y), state, new)
+            return state, nothing.at[some].set(loss)
 
         def rest(state: Any) -> Any:
             return state, nothing
@@ -389,6 +378,13 @@ def _run(
         return jax.lax.cond(common["real"], do, rest, state)
 
     return jax.lax.scan(step, state, (plan, common))
+
+
+def _in_turns(function: Any, each: Any, group: int) -> Any:
+    """`function` of each member, `group` of them at once."""
+    if len(jax.tree.leaves(each)[0]) <= group:
+        return jax.vmap(function)(each)
+    return jax.lax.map(function, each, batch_size=group)
 
 
 def _update(
@@ -466,19 +462,31 @@ def _all_logits(
     return found
 
 
-def _validation_loss(tasks: Tasks, logits: np.ndarray, members: Members) -> np.ndarray:
-    """(p,) loss of each member's validation part, every class weighing the same; NaN without one."""
-    losses = np.full(len(members), np.nan)
-    for i in range(len(members)):
-        held = np.flatnonzero(members.parts[i] == VALIDATION)
-        if len(held):
-            targets = members.targets[i, held]
-            weight = balance(tasks, targets)
-            parts = (jnp.asarray(x) for x in (logits[i, held], targets, weight))
-            total = float(tasks.loss(*parts))
-            # A risk set without an event has a loss of exactly zero, which tells nothing.
-            losses[i] = total / max(weight.sum(), 1e-12) if total else np.nan
-    return losses
+def _held(tasks: Tasks, members: Members) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each member's validation part the bags (p, v), targets (p, v, t) and weights (p, v, tasks), every class of
+    a task weighing the same; filled up to one v with bags that weigh nothing."""
+    held = members.parts == VALIDATION
+    bags = np.argsort(~held, axis=1, kind="stable")[:, : held.sum(1).max()]
+    real = np.take_along_axis(held, bags, 1)[..., None]
+    targets = np.where(real, np.take_along_axis(members.targets, bags[..., None], 1), np.nan)
+    return bags, targets, np.array([balance(tasks, each) for each in targets])
+
+
+def _validation_loss(
+    tasks: Tasks, logits: np.ndarray, held: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """(p,) mean loss of each member's validation part; NaN without one."""
+    bags, targets, weights = held
+    own = np.take_along_axis(logits, bags[..., None], 1)
+    total = np.asarray(_losses(tasks, own, targets, weights))
+    # A risk set without an event has a loss of exactly zero, which tells nothing.
+    return np.where(total == 0, np.nan, _mean(total, weights.sum((1, 2))))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _losses(tasks: Tasks, *each: Array) -> Array:
+    """(p,) from (p, v, …); some members at once, since a risk set is v × v."""
+    return jax.lax.map(lambda mine: tasks.loss(*mine), each, batch_size=64)
 
 
 def balance(tasks: Tasks, targets: np.ndarray) -> np.ndarray:

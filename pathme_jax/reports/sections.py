@@ -130,7 +130,7 @@ _LEFT_OUT = {"blank_label": "without a label", "no_label": "without a row in the
 def _notes(all_metrics: Mapping[str, dict[str, Any]]) -> list[str]:
     """What was read and left out, each sentence once."""
     notes: dict[str, None] = {}
-    for each in all_metrics.values():
+    for bag, each in all_metrics.items():
         for note in [*each.get("read", []), *each.get("folds_left_out", [])]:
             notes[str(note)] = None
         for key, told in _LEFT_OUT.items():
@@ -147,7 +147,8 @@ def _notes(all_metrics: Mapping[str, dict[str, Any]]) -> list[str]:
                 f"{one} in {settings.count(one)} of {len(settings)} folds"
                 for one in dict.fromkeys(settings)
             ]
-            notes[f"Chosen by the validation loss of each fold: {'; '.join(told)}"] = None
+            of = f" ({bag})" if len(all_metrics) > 1 else ""
+            notes[f"Chosen by the validation loss of each fold{of}: {'; '.join(told)}"] = None
         if each.get("orphans"):
             notes[f"{each['orphans']:,} instances without a parent were left out"] = None
     return [note if note.endswith(".") else note + "." for note in notes]

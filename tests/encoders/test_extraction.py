@@ -218,7 +218,8 @@ def test_batches_are_spread_over_all_devices(slides, tmp_path):
     command += ["32", "--slides", str(slides), "--batch", "30", "--dtype", "float32"]
     command += ["--workers", "0", "--out"]
     for devices in (1, 4):
-        env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+        env = {**os.environ, "XLA_FLAGS": flags}
         done = subprocess.run(
             [*command, str(tmp_path / str(devices))], env=env, capture_output=True, text=True
         )

@@ -28,10 +28,9 @@ def test_members_that_hold_a_bag_out_are_left_out_of_its_step(monkeypatch):
         np.full(8, 1e-2),
     )
     packed = pack(bags)
-    assert [population._active(members, b, 1, 1, 8) for b in packed] == [
+    assert [population._active(members, b, 1, 1) for b in packed] == [
         6 if b.size > 256 else 8 for b in packed
     ]
-    assert [population._active(members, b, 1, 1, 4) for b in packed] == [6] * len(packed)
     head, tasks = (
         make("abmil", 2, dict(hidden=16, attention=8)),
         Tasks((Task("y", "classes", ("0", "1")),)),

@@ -17,9 +17,9 @@ from pathme_jax.evaluation.auroc import auroc
 from pathme_jax.mil import population
 from pathme_jax.mil.baselines import logistic, standardised
 from pathme_jax.mil.buckets import pack
-from pathme_jax.mil.crossval import bag_weights
 from pathme_jax.mil.folds import TEST, TRAIN, VALIDATION, stratified
 from pathme_jax.mil.heads import make
+from pathme_jax.mil.plan import bag_weights
 from pathme_jax.mil.population import Members, Schedule, fit, predict
 from pathme_jax.mil.tasks import Task, Tasks
 
@@ -245,7 +245,7 @@ def test_eight_devices_end_where_one_does(tmp_path: Path):
     found = []
     for devices, spread in ((1, 1), (8, 1), (8, 4)):
         out = tmp_path / f"{devices}-{spread}.npz"
-        flags = f"--xla_force_host_platform_device_count={devices}"
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
         subprocess.run(
             [sys.executable, "-c", code, str(out), str(Path(__file__).parent), str(spread)],
             env={**os.environ, "XLA_FLAGS": flags},
@@ -274,3 +274,22 @@ def test_a_wrong_option_of_a_head_is_named(options, said):
     made = make("abmil", 2, dict(hidden=8), "heads=3,gated=false,embed=16x8")
     assert (made.heads, made.gated, made.embed) == (3, False, (16, 8))
     assert dataclasses.replace(made, outputs=4).outputs == 4
+
+
+def test_the_validation_loss_is_that_of_each_members_own_part():
+    """Parts of other sizes, none at all, a number beside the classes, and a risk set without an event."""
+    tasks = Tasks((Task("y", "classes", ("a", "b")), Task("n", "number"), Task("os", "cox")))
+    rng = np.random.default_rng(0)
+    parts = np.full((4, 12), TRAIN)
+    parts[0, :5], parts[1, 3:12], parts[3, [1, 2]] = VALIDATION, VALIDATION, VALIDATION
+    targets = np.stack([rng.integers(0, 2, (4, 12)), rng.normal(size=(4, 12)), rng.uniform(1, 9, (4, 12)), rng.integers(0, 2, (4, 12))], -1).astype(np.float32)  # fmt: skip
+    targets[0, 0, 0], targets[3, :, :2], targets[3, :, 3] = np.nan, np.nan, 0
+    logits = rng.normal(size=(4, 12, 4)).astype(np.float32)
+    members = population.Members(parts, targets, np.zeros((4, 12, 3)), *[np.zeros(4)] * 3)
+    found = population._validation_loss(tasks, logits, population._held(tasks, members))
+    for i in range(2):
+        mine = parts[i] == VALIDATION
+        weight = population.balance(tasks, targets[i, mine])
+        total = tasks.loss(logits[i, mine], targets[i, mine], weight)
+        np.testing.assert_allclose(found[i], float(total) / weight.sum(), rtol=1e-5)
+    assert np.isnan(found[2:]).all()

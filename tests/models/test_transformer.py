@@ -316,7 +316,8 @@ print("same, and local")
 
 def test_kept_rows_stay_on_their_device_and_are_the_same_on_eight():
     """Two logical blocks a device: equal loss and gradients, and a forward pass without communication."""
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    env = {**os.environ, "XLA_FLAGS": flags}
     run = subprocess.run(
         [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, timeout=300
     )

@@ -147,7 +147,8 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def eight() -> dict[str, Any]:
     """What programs for eight devices hold."""
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    env = {**os.environ, "XLA_FLAGS": flags}
     done = subprocess.run(
         [sys.executable, "-c", _EIGHT], env=env, capture_output=True, text=True, check=True
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import subprocess
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -67,6 +70,35 @@ def test_heads_of_a_large_bag_take_turns_with_the_same_answer_and_gradient(monke
         found.append(jax.tree.leaves(jax.jit(jax.grad(loss, has_aux=True))(params)))
     for one, other in zip(*found, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+SHARED = """
+import sys, runpy, types
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from pathme_jax.mil.heads import transmil
+from pathme_jax.mil.population import mesh_of
+
+contract = types.SimpleNamespace(**runpy.run_path(sys.argv[1]))
+transmil.LARGE = 0
+head = transmil.TransMIL(3, hidden=8, heads=2, landmarks=4, residual_width=5)
+params, bag = contract.parameters(head), contract.bag(24)
+assert jax.device_count() == 4
+shared = jax.device_put(bag, NamedSharding(mesh_of(4), P("instances")))
+contract.close(contract.answer(head, params, shared), contract.answer(head, params, bag))
+one, four = (contract.gradients(head, params, each) for each in (bag, shared))
+contract.close(four, one, 1e-4)
+print("same")
+"""
+
+
+def test_heads_take_turns_on_a_bag_shared_by_four_devices():
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    command = [sys.executable, "-c", SHARED, str(Path(__file__).with_name("contract.py"))]
+    done = subprocess.run(
+        command, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "same", done.stderr[-2000:]
 
 
 def test_the_side_of_the_square_is_exact():
