@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from pathme_jax.files import atomic
 
@@ -26,6 +25,8 @@ def save_views(
         The file, <workdir>/<name>.
     """
     columns = max(len(row) for row in pictures.values())
+    from matplotlib.figure import Figure  # slow to import
+
     figure = Figure(figsize=(CELL * columns, (CELL + 0.25) * len(pictures)), layout="constrained")
     grid = figure.subplots(len(pictures), columns, squeeze=False)
     for axes, (kind, row) in zip(grid, pictures.items(), strict=True):

@@ -28,7 +28,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pathme_jax.encoders.descriptors import mean_rgb
 from pathme_jax.errors import UserError
-from pathme_jax.evaluation import probes
 from pathme_jax.files import read_json
 from pathme_jax.models.placement import by_sample
 from pathme_jax.records import fields
@@ -123,6 +122,8 @@ class Probe:
             yield np.pad(part, [(0, BATCH - len(part)), (0, 0), (0, 0), (0, 0)]), len(part)
 
     def _values(self, name: str, features: np.ndarray) -> dict[str, float]:
+        from pathme_jax.evaluation import probes  # slow to import
+
         found = probes.probe(features, self.labels, self.groups, seed=0, folds=self.folds)
         return {f"{name}/{key.replace('/', '_')}": value for key, value in found.items()}
 

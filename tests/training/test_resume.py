@@ -16,13 +16,11 @@ from ml_collections import ConfigDict
 
 from pathme_jax.files import read_json
 
-FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
 
 def run_part(config: Path, workdir: Path, devices: int, workers: int, stop_after: int) -> int:
     command = [sys.executable, str(Path(__file__).with_name("run_part.py")), str(config)]
     command += [str(workdir), str(devices), str(workers), str(stop_after)]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "XLA_FLAGS": FAST}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr[-2000:]
     return done.returncode
@@ -39,7 +37,7 @@ def test_a_run_goes_on_after_a_kill_and_with_other_devices_and_workers(
     """DINOv2 with probes. On one device, killed with SIGKILL at step 6: the same product, metrics, probes
     and best, bit for bit. On 8 devices and no worker, then 4 with two, then 1, killed between: the same
     examples, or the losses could not agree, and every loss to 1e-3."""
-    config.steps = 24
+    config.steps = 12
     config.sharding = ((".*/prototypes", "prototypes"), (".*", "fsdp"))
     config.mesh = dict(data=1, fsdp=-1)
     config.loss.drop_path = 0.25
@@ -67,7 +65,7 @@ def test_a_run_goes_on_after_a_kill_and_with_other_devices_and_workers(
     assert run_part(path, tmp_path / "parts", 4, 2, 4) == -signal.SIGKILL
     assert run_part(path, tmp_path / "parts", 1, 0, -1) == 0
     whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
-    assert len(whole) == len(parts) == 24
+    assert len(whole) == len(parts) == 12
     assert parts == pytest.approx(whole, rel=1e-3)
     assert whole[0] != pytest.approx(whole[1], rel=1e-3)  # another batch would be seen
     starts = (tmp_path / "parts" / "starts.jsonl").read_text().splitlines()

@@ -141,8 +141,7 @@ def one_step(folder: Path, devices: int, processes: int = 1, **mesh: int) -> dic
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     ranks = [[str(processes), str(i), port] for i in range(processes)] if processes > 1 else [[]]
-    fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "XLA_FLAGS": fast}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     running = [
         subprocess.Popen([*command, *rank], env=env, stderr=subprocess.PIPE, text=True)
         for rank in ranks
@@ -218,7 +217,6 @@ def test_fsdp_moves_weights_and_not_activations():
     """Left to itself, XLA cuts tokens as the weights are cut: gathered 16.9 and reduced 8.6 times the
     parameters' bytes here. Without `by_sample` 5.1 and 2.8, without `whole` 3.5 and 1.7, with both
     2.8 (student forward and backward, teacher, in XLA:CPU's fp32) and 1.7."""
-    fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "XLA_FLAGS": fast}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", FSDP], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1000:]
