@@ -24,9 +24,9 @@ def save_views(
     Returns:
         The file, <workdir>/<name>.
     """
-    columns = max(len(row) for row in pictures.values())
     from matplotlib.figure import Figure  # slow to import
 
+    columns = max(len(row) for row in pictures.values())
     figure = Figure(figsize=(CELL * columns, (CELL + 0.25) * len(pictures)), layout="constrained")
     grid = figure.subplots(len(pictures), columns, squeeze=False)
     for axes, (kind, row) in zip(grid, pictures.items(), strict=True):
