@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +15,6 @@ from pathme_jax.training.keys import sample_keys
 
 B, WIDTH, LOCALS = 8, 12, 2
 TERMS = ("dino_global", "dino_local", "ibot", "koleo")
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-compiled = functools.partial(jax.jit, compiler_options=FAST)
 
 
 def _config(crops=LOCALS, **loss):
@@ -49,12 +45,12 @@ def _keys():
 @pytest.fixture(scope="module")
 def world():
     method, batch = DINOv2(_config()), _batch()
-    params, aux = compiled(lambda k: method.init(k, batch))(jax.random.key(0))
+    params, aux = jax.jit(lambda k: method.init(k, batch))(jax.random.key(0))
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
-    views = compiled(method.views)(batch, _keys())
+    views = jax.jit(method.views)(batch, _keys())
 
-    @compiled
+    @jax.jit
     def run(params, views, weights):
         def weighted(params):
             total, (metrics, aux_) = method.loss(params, aux, views, _keys(), jnp.int32(0))
@@ -129,7 +125,7 @@ def test_the_terms_are_those_of_the_recipe(world):
     (g2s, g1t) and every local with both globals, over 2 + 2 n_local; iBOT 1/#masked, averaged over
     images; KoLeo per global view."""
     method, params, views, call = world
-    backbone = compiled(lambda p, x, m=None: method.backbone.apply({"params": p["backbone"]}, x, m))
+    backbone = jax.jit(lambda p, x, m=None: method.backbone.apply({"params": p["backbone"]}, x, m))
 
     def head(weights, name, x):
         return np.asarray(method.head.apply({"params": weights[name]}, x), np.float64)
@@ -200,7 +196,7 @@ def test_the_number_of_masked_tokens_is_a_constant_over_half_of_the_images(world
     per_image = np.asarray(views["mask"]).sum(-1)
     assert per_image.sum() == method.masks.total * B // method.masks.block
     assert (per_image > 0).sum() == B
-    other = compiled(method.views)(_batch(1), sample_keys(0, "views", jnp.arange(B) + 77))
+    other = jax.jit(method.views)(_batch(1), sample_keys(0, "views", jnp.arange(B) + 77))
     assert sorted(np.asarray(other["mask"]).sum(-1).ravel()) == sorted(per_image.ravel())
     assert (np.asarray(other["mask"]) != np.asarray(views["mask"])).any()
 
@@ -208,13 +204,13 @@ def test_the_number_of_masked_tokens_is_a_constant_over_half_of_the_images(world
 def test_every_crop_of_a_sample_is_drawn_by_itself():
     config = _config(crops=3)
     method, batch = DINOv2(config), _batch()
-    views = compiled(method.views)(batch, _keys())
+    views = jax.jit(method.views)(batch, _keys())
     assert views["globals"].shape == (B, 2, 32, 32, 3)
     assert views["locals"].shape == (B, 3, 16, 16, 3)
     assert np.abs(np.asarray(views["globals"][:, 0] - views["globals"][:, 1])).max() > 0.1
     assert np.abs(np.asarray(views["locals"][:, 0] - views["locals"][:, 2])).max() > 0.1
     order = np.array([1, 0, 2, 3, 4, 5, 7, 6])
-    swapped = compiled(method.views)({k: v[order] for k, v in batch.items()}, _keys()[order])
+    swapped = jax.jit(method.views)({k: v[order] for k, v in batch.items()}, _keys()[order])
     for name in ("globals", "locals"):
         np.testing.assert_allclose(swapped[name], np.asarray(views[name])[order], atol=1e-5)
 
@@ -232,7 +228,7 @@ def test_every_crop_of_a_sample_is_drawn_by_itself():
 def test_every_branch_of_the_configuration_gives_a_finite_loss(change):
     method, batch = DINOv2(_config(**change)), _batch()
 
-    @compiled
+    @jax.jit
     def run(key, batch):
         params, aux = method.init(key, batch)
         views = method.views(batch, _keys())
@@ -270,7 +266,7 @@ def test_bfloat16_computes_the_same_loss_to_its_precision_and_keeps_fp32_weights
         config.model.dtype = config.head.dtype = dtype
         method = DINOv2(config)
 
-        @compiled
+        @jax.jit
         def run(key, batch, method=method):
             params, aux = method.init(key, batch)
             views = method.views(batch, _keys())
@@ -307,7 +303,7 @@ def test_a_configuration_that_cannot_be_is_refused(change, said):
 def test_features_are_the_teachers_and_do_not_depend_on_the_slot(world):
     method, params, _, _ = world
     images = _batch()["window"]
-    encode = compiled(method.encode)
+    encode = jax.jit(method.encode)
     product = method.product(params)
     assert product is params["teacher"]["backbone"]
     out = np.asarray(encode(product, {"image": images}))

@@ -12,8 +12,6 @@ parts of them, without a counterpart in this file:
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,9 +27,6 @@ from pathme_jax.training.step import build, params_of
 
 B, FEATURES, WIDTH = 4, 12, 16
 TERMS = ("dino_global", "dino_local", "ibot", "koleo", "mekd", "hmsa")
-# Compiling is most of what these tests cost, and XLA's optimisation most of compiling.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-compiled = functools.partial(jax.jit, compiler_options=FAST)
 
 
 def _config(experts=("h",), crops=2, **loss):
@@ -73,12 +68,12 @@ def _shapes(batch):
 def world():
     """A method, its parameters (the teacher not equal to the student), views and one compiled gradient."""
     method, batch = PatHME(_config()), _batch()
-    params, aux = compiled(lambda k: method.init(k, _shapes(batch)))(jax.random.key(0))
+    params, aux = jax.jit(lambda k: method.init(k, _shapes(batch)))(jax.random.key(0))
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
-    views = compiled(method.views)(batch, _keys())
+    views = jax.jit(method.views)(batch, _keys())
 
-    @compiled
+    @jax.jit
     def run(params, views, weights):
         def weighted(params):
             total, (metrics, aux_) = method.loss(params, aux, views, _keys(), jnp.int32(0))
@@ -163,7 +158,7 @@ def _numpy_terms(method, params, views):
     """Every term but HMSA written from METHODS 1.2 and 2.1, given only the encoder's and head's outputs."""
     student, teacher = params["student"], params["teacher"]
 
-    @compiled
+    @jax.jit
     def encode(weights, scale_views, mask):
         return {
             s: method.encoder.apply(
@@ -176,7 +171,7 @@ def _numpy_terms(method, params, views):
             for s in SCALES
         }
 
-    @compiled
+    @jax.jit
     def local(weights, crops, valid):
         return method.encoder.apply({"params": weights["encoder"]}, crops, valid, method="fine")
 
@@ -321,7 +316,7 @@ def test_a_coarse_token_without_its_own_feature_or_any_child_leaves_the_bag(worl
     batch["fine_valid"][0, 8:12, 12:16] = False  # the children of (2, 3): token 11
     batch["fine_valid"][0, 0:3, 0:4] = False  # some children of (0, 0): it stays
     batch["fine_valid"][1] = False
-    out = compiled(method.encode)(method.product(params), batch)
+    out = jax.jit(method.encode)(method.product(params), batch)
     prompts = method.config.model.prompts
     assert out["features"].shape == (B, 16 + prompts, WIDTH)
     assert np.flatnonzero(~np.asarray(out["valid"][0])).tolist() == [6, 11]
@@ -334,7 +329,7 @@ def test_a_coarse_token_without_its_own_feature_or_any_child_leaves_the_bag(worl
     dirty = dict(batch)
     for name in ("fine", "coarse"):
         dirty[name] = np.where(batch[f"{name}_valid"][..., None], batch[name], 1e6)
-    again = compiled(method.encode)(method.product(params), dirty)
+    again = jax.jit(method.encode)(method.product(params), dirty)
     keep = np.asarray(out["valid"])
     np.testing.assert_allclose(
         np.asarray(again["features"])[keep], np.asarray(out["features"])[keep], atol=1e-5
@@ -348,7 +343,7 @@ def test_views_belong_to_the_sample_not_to_the_slot():
     """Samples swap places, with their keys: so do their crops, and their masks where the counts dealt
     to both places (by the block's first sample, which stays) are equal."""
     method, batch = PatHME(_config()), _batch()
-    views = compiled(method.views)
+    views = jax.jit(method.views)
     order = np.array([0, 3, 1, 2])
     out = views(batch, _keys())
     swapped = views({k: v[order] for k, v in batch.items()}, _keys()[order])
@@ -374,7 +369,7 @@ def test_masks_have_their_configured_counts(world):
 @pytest.mark.parametrize("experts", [(), ("h",), ("h", "uni")])
 def test_any_number_of_experts_of_any_width(experts):
     method, batch = PatHME(_config(experts)), _batch(experts)
-    params, _ = compiled(lambda k: method.init(k, _shapes(batch)))(jax.random.key(0))
+    params, _ = jax.jit(lambda k: method.init(k, _shapes(batch)))(jax.random.key(0))
     resolve(method.roles, list(flat(params)), "role")
     assert set(params.get("experts", {})) == set(experts)
     tokens = jax.random.normal(jax.random.key(1), (B, 256, WIDTH))
@@ -442,7 +437,7 @@ def test_defect_01_features_come_from_the_trained_weights(one_step):
     assert jax.tree.all(
         jax.tree.map(np.array_equal, product, {k: after["teacher"][k] for k in ("encoder", "hmsa")})
     )
-    encode = compiled(method.encode)
+    encode = jax.jit(method.encode)
     trained, random = (
         np.asarray(encode(method.product(p), batch)["features"]) for p in (after, before)
     )
@@ -463,7 +458,7 @@ def test_defect_03_coarse_row_i_is_the_tile_at_row_i_over_4_column_i_mod_4(world
     channels-first without transposing". All 16 rows enter, each at its own place."""
     method, params, views, _ = world
     weights = {"params": params["student"]["encoder"]}
-    encode = compiled(lambda g, v: method.encoder.apply(weights, g, v, method="coarse"))
+    encode = jax.jit(lambda g, v: method.encoder.apply(weights, g, v, method="coarse"))
     grid = views["coarse"]
     for row, column in ((0, 0), (1, 2), (3, 3)):
         alone = jnp.zeros((B, 4, 4), bool).at[:, row, column].set(True)
@@ -557,7 +552,7 @@ def test_defect_08_the_bag_lists_16_spatial_tokens_then_the_prompts(world):
         },
         "fine": {"pre_norm": jnp.asarray(rng.normal(size=(B, 256, WIDTH)), jnp.float32)},
     }
-    tokens = compiled(lambda g: method._tokens(params["teacher"]["hmsa"], g, views, None))
+    tokens = jax.jit(lambda g: method._tokens(params["teacher"]["hmsa"], g, views, None))
     before = tokens(grids)
 
     def places(part, i):

@@ -17,13 +17,6 @@ from pathme_jax.models.resample import resize_positions
 from pathme_jax.models.transformer import Block
 
 WIDTH, PROMPTS, DEPTH = 12, 3, 2
-compiled = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
 
 
 def _random(seed: int, *shape: int) -> jax.Array:
@@ -81,17 +74,15 @@ def encoder():
     model = RegionEncoder(width=WIDTH, depth=DEPTH, heads=2, layer_scale=1.0, prompts=PROMPTS)
     grid = _random(1, 2, 4, 4, 7)
     valid = jnp.ones((2, 4, 4), bool)
-    params = compiled(lambda k: model.init(k, grid, valid, method="coarse"))(jax.random.key(0))
+    params = jax.jit(lambda k: model.init(k, grid, valid, method="coarse"))(jax.random.key(0))
     params = _louder(params)
-    coarse = compiled(lambda p, g, v, m=None: model.apply(p, g, v, m, method="coarse"))
-    fine = compiled(lambda p, g, v, m=None: model.apply(p, g, v, m, method="fine"))
+    coarse = jax.jit(lambda p, g, v, m=None: model.apply(p, g, v, m, method="coarse"))
+    fine = jax.jit(lambda p, g, v, m=None: model.apply(p, g, v, m, method="fine"))
 
     def slope(p, v, scale):
         return jax.grad(lambda p: (model.apply(p, grid, v, method=scale)["tokens"] ** 3).sum())(p)
 
-    slopes = {
-        scale: compiled(functools.partial(slope, scale=scale)) for scale in ("coarse", "fine")
-    }
+    slopes = {scale: jax.jit(functools.partial(slope, scale=scale)) for scale in ("coarse", "fine")}
     return coarse, fine, params, grid, valid, slopes
 
 
@@ -181,7 +172,7 @@ def hmsa():
     made = {}
     for name, layers in (("local", (2, 0)), ("global", (1, 1))):
         model = HMSA(*layers, heads=2)
-        params = _louder(compiled(model.init)(jax.random.key(0), *arrays, valid))
+        params = _louder(jax.jit(model.init)(jax.random.key(0), *arrays, valid))
         made[name] = jax.jit(lambda *a, m=model, p=params: m.apply(p, *a))
     return made, arrays, valid
 
@@ -268,8 +259,8 @@ def test_dropout_is_keyed_by_sample_and_only_with_keys():
     model = HMSA(local_layers=1, global_layers=1, heads=2, dropout=0.5)
     arrays = (_random(2, 2, 16, WIDTH), _random(3, 2, PROMPTS, WIDTH), _random(4, 2, 256, WIDTH))
     valid = jnp.ones((2, 256), bool)
-    params = compiled(model.init)(jax.random.key(0), *arrays, valid)
-    apply = compiled(lambda a, v, k: model.apply(params, *a, v, k))
+    params = jax.jit(model.init)(jax.random.key(0), *arrays, valid)
+    apply = jax.jit(lambda a, v, k: model.apply(params, *a, v, k))
     keys = jax.random.split(jax.random.key(1), 2)
     out = apply(arrays, valid, keys)
     swapped = apply(tuple(a[::-1] for a in arrays), valid, keys[::-1])

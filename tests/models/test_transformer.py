@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
@@ -22,15 +21,7 @@ from pathme_jax.models.transformer import (
     take_rows,
 )
 
-# Compiling is most of what these tests cost, and XLA's optimisation most of compiling.
-compiled = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
-draw = compiled(drop_path_rows, static_argnums=(1, 2, 3, 4))
+draw = jax.jit(drop_path_rows, static_argnums=(1, 2, 3, 4))
 
 
 def _random(seed: int, *shape: int) -> np.ndarray:
@@ -98,13 +89,13 @@ def test_swiglu_gates_the_second_half_by_the_first():
     """down(silu(a) * b), [a, b] = up(x), 2/3 as wide as the MLP and a multiple of 8 (Shazeer 2020)."""
     x = _random(0, 3, 10)
     layer = FeedForward("swiglu")
-    params = compiled(layer.init)(jax.random.key(0), x)["params"]
+    params = jax.jit(layer.init)(jax.random.key(0), x)["params"]
     assert params["up"]["kernel"].shape == (10, 2 * 32)  # 2/3 * 40 = 26.7
     params = jax.tree.map(lambda p: np.asarray(p) + 0.1, params)
     gate, hidden = np.split(x @ params["up"]["kernel"] + params["up"]["bias"], 2, -1)
     hidden = gate / (1 + np.exp(-gate)) * hidden
     expected = hidden @ params["down"]["kernel"] + params["down"]["bias"]
-    out = compiled(layer.apply)({"params": params}, x)
+    out = jax.jit(layer.apply)({"params": params}, x)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="geglu"):
         FeedForward("geglu").init(jax.random.key(0), x)
@@ -159,14 +150,14 @@ def test_the_mean_over_draws_is_the_whole_branch():
         kept = drop_path_rows(keys, 1, 0.4, block=4, per_sample=1)[0, 0]
         return add_rows(x, kept, jnp.sin(take_rows(x, kept)))
 
-    np.testing.assert_allclose(compiled(jax.vmap(once))(keys).mean(0), x + jnp.sin(x), atol=0.06)
+    np.testing.assert_allclose(jax.jit(jax.vmap(once))(keys).mean(0), x + jnp.sin(x), atol=0.06)
 
 
 def _block():
     """A block whose every branch does something, and 6 rows in two logical blocks of 3."""
     block = Block(heads=2, layer_scale=0.5)
     x = jnp.asarray(_random(4, 6, 5, 8))
-    params = compiled(lambda k: block.init(k, x, None, None))(jax.random.key(0))
+    params = jax.jit(lambda k: block.init(k, x, None, None))(jax.random.key(0))
     return block, x, jax.tree.map(lambda p: np.asarray(p) + 0.3, params)
 
 
@@ -178,12 +169,12 @@ def test_each_residual_branch_is_added_to_its_kept_rows_alone(masked):
     """Against a loop over rows, each alone with its own mask; the rest pass unchanged."""
     block, x, params = _block()
     valid = np.random.default_rng(0).random((6, 5)) < 0.6 if masked else None
-    out = np.asarray(compiled(block.apply)(params, x, valid, KEPT))
+    out = np.asarray(jax.jit(block.apply)(params, x, valid, KEPT))
     silent = {
         name: {"params": {**params["params"], f"scale_{name}": np.zeros(8, np.float32)}}
         for name in ("attention", "mlp")
     }
-    alone = compiled(lambda p, y, seen: block.apply(p, y, seen, None))
+    alone = jax.jit(lambda p, y, seen: block.apply(p, y, seen, None))
     for row in range(6):
         y, seen = np.asarray(x[row : row + 1]), valid[row : row + 1] if masked else None
         for i, other in enumerate(("mlp", "attention")):
@@ -191,7 +182,7 @@ def test_each_residual_branch_is_added_to_its_kept_rows_alone(masked):
                 y = y + 3 / 2 * (alone(silent[other], y, seen) - y)
         np.testing.assert_allclose(out[row], y[0], rtol=1e-4, atol=1e-4)
     once = KEPT[:, :, :1]
-    out = compiled(block.apply)(params, x, valid, once)
+    out = jax.jit(block.apply)(params, x, valid, once)
     left = [r for r in range(6) if r % 3 not in once[:, r // 3]]
     np.testing.assert_array_equal(out[np.array(left)], x[np.array(left)])
 
@@ -218,7 +209,7 @@ def test_dropped_rows_cost_nothing():
 def stack():
     model = Stack(depth=2, heads=2, layer_scale=0.5)
     long, short = jnp.asarray(_random(5, 4, 7, 8)), jnp.asarray(_random(6, 8, 3, 8))
-    params = compiled(model.init)(jax.random.key(0), [(long, None, None)])
+    params = jax.jit(model.init)(jax.random.key(0), [(long, None, None)])
     params = jax.tree.map(lambda p: np.asarray(p) + 0.1, params)
     keys = jax.random.split(jax.random.key(1), 4)
     kept = [draw(keys, 2, 0.5, 2, per_sample) for per_sample in (1, 2)]
@@ -228,7 +219,7 @@ def stack():
 def test_groups_pass_through_the_layers_as_each_would_alone(stack):
     params, groups = stack
     model = Stack(depth=2, heads=2, layer_scale=0.5)
-    apply = compiled(model.apply)
+    apply = jax.jit(model.apply)
     together = apply(params, groups)
     for group, out in zip(groups, together, strict=True):
         np.testing.assert_allclose(out, apply(params, [group])[0], rtol=1e-5, atol=1e-5)
@@ -249,14 +240,14 @@ def looped(stack):
             total += (x**2).sum()
         return total
 
-    return compiled(jax.grad(value))(params)
+    return jax.jit(jax.grad(value))(params)
 
 
 @pytest.mark.parametrize(("remat", "unroll"), [("none", 1), ("dots", 2), ("full", 1)])
 def test_scanning_layers_and_computing_them_again_changes_no_gradient(stack, looped, remat, unroll):
     params, groups = stack
     model = Stack(depth=2, heads=2, layer_scale=0.5, remat=remat, unroll=unroll)
-    slope = compiled(jax.grad(lambda p: sum((x**2).sum() for x in model.apply(p, groups))))(params)
+    slope = jax.jit(jax.grad(lambda p: sum((x**2).sum() for x in model.apply(p, groups))))(params)
     for got, want in zip(jax.tree.leaves(slope), jax.tree.leaves(looped), strict=True):
         assert np.isfinite(np.asarray(got)).all()
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
@@ -285,10 +276,9 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from pathme_jax.models.transformer import Stack, drop_path_rows
 
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 model = Stack(depth=2, heads=2, layer_scale=0.5)
 x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 5, 8)), jnp.float32)
-params = jax.jit(model.init, compiler_options=FAST)(jax.random.key(0), [(x, None, None)])
+params = jax.jit(model.init)(jax.random.key(0), [(x, None, None)])
 params = jax.tree.map(lambda p: np.asarray(p) + 0.1, params)
 keys = jax.random.split(jax.random.key(1), 16)
 
@@ -298,7 +288,7 @@ def run(params, x, kept):
 def value(params, x, keys):
     return (run(params, x, drop_path_rows(keys, 2, 0.5, 2, 2)) ** 2).sum()
 
-slope = jax.jit(jax.value_and_grad(value, (0, 1)), compiler_options=FAST)
+slope = jax.jit(jax.value_and_grad(value, (0, 1)))
 mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 split = NamedSharding(mesh, P("data"))
 one = slope(params, x, keys)
@@ -307,7 +297,7 @@ for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max())
 
 kept = jax.device_put(drop_path_rows(keys, 2, 0.5, 2, 2), NamedSharding(mesh, P(None, None, "data")))
-program = jax.jit(run, compiler_options=FAST).lower(params, jax.device_put(x, split), kept).compile().as_text()
+program = jax.jit(run).lower(params, jax.device_put(x, split), kept).compile().as_text()
 for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
     assert word not in program, word
 print("same, and local")

@@ -15,11 +15,7 @@ from pathme_jax.views import images
 from pathme_jax.views.images import FROM_RGB, GREY, HED, Crop, crops, many, normalise, translation
 
 PLAIN: Any = dict(aspect=(1.0, 1.0), blur=0.0, jitter=(0.0, 0.0, 0.0, 0.0), grey=0.0)
-QUICK: Any = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
-make = jax.jit(crops, static_argnums=2, compiler_options=QUICK)
+make = jax.jit(crops, static_argnums=2)
 
 
 def _keys(n: int, seed: int = 0) -> jax.Array:
@@ -66,7 +62,7 @@ def test_resizing_agrees_with_pillow(box):
     waves = np.stack([np.sin(9 * x + 5 * y), np.cos(20 * x * y), np.sin(40 * y)], -1)
     noise = np.random.default_rng(0).normal(size=waves.shape) * 0.2
     picture = np.clip((waves + noise) * 100 + 128, 0, 255).astype(np.uint8)
-    weigh = jax.jit(images._resampling, static_argnums=(0, 1), compiler_options=QUICK)
+    weigh = jax.jit(images._resampling, static_argnums=(0, 1))
     rows = weigh(px, side, top, height, 0.0, False)
     columns = weigh(px, side, left, width, 0.0, False)
     ours = np.einsum("oh,pw,hwc->opc", rows, columns, picture, optimize=True)
@@ -104,7 +100,7 @@ def test_a_window_too_small_to_translate_in_is_refused():
 
 def test_many_crops_of_a_window_are_sample_major_and_each_its_own():
     windows, keys, kind = _windows(3), _keys(3), Crop(px=12, scale=(0.2, 0.5))
-    several = jax.jit(many, static_argnums=(2, 3), compiler_options=QUICK)
+    several = jax.jit(many, static_argnums=(2, 3))
     out = np.asarray(several(windows, keys, kind, 4))
     assert out.shape == (3, 4, 12, 12, 3)
     for i in range(3):
@@ -135,7 +131,7 @@ def test_colour_in_one_matrix_is_the_steps_one_after_another():
     kind = Crop(
         px=6, scale=(1.0, 1.0), jitter=(0.4, 0.3, 0.2, 0.1), grey=0.5, solarize=0.5, hed=0.2
     )
-    colour = jax.jit(images._colour, static_argnums=4, compiler_options=QUICK)
+    colour = jax.jit(images._colour, static_argnums=4)
     for _ in range(12):
         image, jitter, chance, stain = (rng.random(n) for n in ((5, 6, 3), 4, 4, 6))
         jitter[:2] *= 0.3  # towards darker and duller, so that little is clipped

@@ -14,14 +14,7 @@ from pathme_jax.errors import UserError
 from pathme_jax.views.masks import ATTEMPTS, FAILURES, MaskPlan, _paint, draw, rows
 
 PLAN = MaskPlan((16, 16))
-drawn = jax.jit(
-    draw,
-    static_argnums=0,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
+drawn = jax.jit(draw, static_argnums=0)
 
 
 def _keys(n: int, seed: int = 0) -> jax.Array:
