@@ -41,7 +41,10 @@ TASKS = ("detail", "architecture", "subtype")  # of the synthetic cohort
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a demonstration run is made of; the defaults fit two cores and ten minutes."""
+    """What a demonstration run is made of; the defaults fit two cores and ten minutes.
+
+    variant: of configs dinov2_tiny and pathme_tiny; "test" has encoders that learn little and cost little.
+    """
 
     cohort: int = 40
     size: int = 4096
@@ -50,6 +53,7 @@ class Settings:
     region_steps: int = 60
     seed: int = 0
     workers: int = 2
+    variant: str = ""
 
 
 class Stages:
@@ -68,7 +72,7 @@ class Stages:
 
 
 def patch_config(settings: Settings, grid_dir: Path) -> Config:
-    config = dinov2_tiny.get_config()
+    config = dinov2_tiny.get_config(settings.variant)
     config.seed, config.steps = settings.seed, settings.patch_steps
     config.batch.mpps = (settings.mpp, 4 * settings.mpp)
     config.data.path = str(grid_dir)
@@ -76,7 +80,7 @@ def patch_config(settings: Settings, grid_dir: Path) -> Config:
 
 
 def region_config(settings: Settings, encoder: str, regions_dir: Path) -> Config:
-    config = pathme_tiny.get_config()
+    config = pathme_tiny.get_config(settings.variant)
     config.seed, config.steps = settings.seed, settings.region_steps
     config.columns = dict(
         fine=column_name(encoder, settings.mpp),

@@ -11,7 +11,9 @@ import numpy as np
 from pathme_jax.mil.heads.common import Bag
 
 WASTE = 1.05  # padded instances over real ones, at most
-SIZES = 16  # each is one more compilation
+SIZES = 16  # each is one more compilation,
+SAVED = 1024  # which is not worth it for fewer instances than these
+ENOUGH = 1.2  # unless padded ones are more than this of the real ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +105,7 @@ def _sample(count: int, most: int | None, seed: list[int]) -> np.ndarray:
 
 def padded_sizes(lengths: np.ndarray, waste: float = WASTE, most: int = SIZES) -> np.ndarray:
     """(n,) size each bag is padded to: the fewest sizes, `most` at most, that keep the waste below `waste`, each
-    placed where it saves most."""
+    placed where it saves most. Bags so few and small that another size saves little may waste up to ENOUGH."""
     # Rounded up by less than a thirty-second: bags of nearly one size share it.
     step = 2 ** np.maximum(np.log2(np.maximum(lengths, 1)).astype(int) - 5, 0)
     own = np.maximum(-(-lengths // step) * step, 1)
@@ -115,7 +117,11 @@ def padded_sizes(lengths: np.ndarray, waste: float = WASTE, most: int = SIZES) -
         others = np.setdiff1d(own, sizes)
         if not len(others):
             return padded
-        sizes.append(int(min(others, key=lambda s: _padded(own, [*sizes, s]).sum())))
+        best = int(min(others, key=lambda s: _padded(own, [*sizes, s]).sum()))
+        saved = padded.sum() - _padded(own, [*sizes, best]).sum()
+        if saved < SAVED and padded.sum() <= max(waste, ENOUGH) * lengths.sum():
+            return padded
+        sizes.append(best)
 
 
 def _padded(own: np.ndarray, sizes: Sequence[int]) -> np.ndarray:

@@ -181,7 +181,7 @@ def fit(
             compiled = _compiled(
                 _run,
                 mesh,
-                (head, tasks, group[run.which]),
+                (head, tasks.form, group[run.which]),
                 (EACH, EACH, ALL, ALL, STEPS, ALL),
                 (EACH, STEPS),
             )
@@ -381,10 +381,13 @@ def _run(
 
 
 def _in_turns(function: Any, each: Any, group: int) -> Any:
-    """`function` of each member, `group` of them at once."""
-    if len(jax.tree.leaves(each)[0]) <= group:
+    """`function` of each member, `group` of them at once, or some fewer where that leaves none over: what is left
+    over is compiled once more."""
+    count = len(jax.tree.leaves(each)[0])
+    if count <= group:
         return jax.vmap(function)(each)
-    return jax.lax.map(function, each, batch_size=group)
+    even = (size for size in range(group, group // 2, -1) if count % size == 0)
+    return jax.lax.map(function, each, batch_size=next(even, group))
 
 
 def _update(
@@ -441,7 +444,7 @@ def _answer(head: Any, group: int, params: Any, fixed: Any, bags: Bag, places: A
             params, fixed = member
             return head.apply({"params": absorb(params, fixed["mean"], fixed["std"])}, bag).logits
 
-        return jax.lax.map(one, (params, fixed), batch_size=group)
+        return _in_turns(one, (params, fixed), group)
 
     return jax.lax.map(of_bag, places)
 
@@ -478,7 +481,7 @@ def _validation_loss(
     """(p,) mean loss of each member's validation part; NaN without one."""
     bags, targets, weights = held
     own = np.take_along_axis(logits, bags[..., None], 1)
-    total = np.asarray(_losses(tasks, own, targets, weights))
+    total = np.asarray(_losses(tasks.form, own, targets, weights))
     # A risk set without an event has a loss of exactly zero, which tells nothing.
     return np.where(total == 0, np.nan, _mean(total, weights.sum((1, 2))))
 

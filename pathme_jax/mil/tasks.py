@@ -92,6 +92,12 @@ class Tasks:
     each: tuple[Task, ...]
 
     @property
+    def form(self) -> Tasks:
+        """The same without names: what a compiled program depends on."""
+        nameless = (Task("", task.kind, ("",) * len(task.names), task.bins) for task in self.each)
+        return Tasks(tuple(nameless))
+
+    @property
     def outputs(self) -> int:
         return sum(task.outputs for task in self.each)
 

@@ -147,7 +147,8 @@ def test_features_from_slides_are_those_from_fields_in_the_same_places(
 ):
     vit = _small_vit(tmp_path / "vit")
     names = ["hed_texture", "mean_rgb", vit]
-    extracted = extract_fields(grid_dir, names, out=tmp_path / "of fields", **QUIET)
+    own = extract_fields(grid_dir, [vit], out=tmp_path / "of fields", **QUIET)
+    folders = extracted.folders | own.folders
     direct = extract_slides(cohort / "slides", tmp_path / "of slides", names, **QUIET)
     assert (direct.done, direct.errors) == (4, [])
     tmp_path /= "of slides"
@@ -155,7 +156,7 @@ def test_features_from_slides_are_those_from_fields_in_the_same_places(
     for name, path in direct.folders.items():
         assert path.parent.parent == grid
         for slide_id, bag in bags(path).items():
-            stored = features.read_features(extracted.folders[name] / f"{slide_id}.h5")
+            stored = features.read_features(folders[name] / f"{slide_id}.h5")
             np.testing.assert_array_equal(bag.coords, stored.coords)
             np.testing.assert_array_equal(bag.grid, stored.grid)
             assert {**bag.attrs, "recipe": ""} == {**stored.attrs, "recipe": ""}

@@ -61,3 +61,12 @@ def test_packed_bags_are_the_bags():
             np.testing.assert_array_equal(all_.cells[row][mask], cells[i])
     assert waste(packed) == sum(b.arrays().mask.size for b in packed) / 151
     assert all(bucket.size % 4 == 0 for bucket in pack(bags, multiple=4))
+
+
+def test_a_few_small_bags_are_not_worth_a_size_each():
+    """Eight sizes would be sixteen compilations to save 240 of 1,900 instances."""
+    small = np.array([256, 250, 249, 240, 230, 228, 225, 222])
+    assert set(padded_sizes(small)) == {256}
+    assert len(set(padded_sizes(100 * small))) > 4
+    far = np.array([256] * 4 + [32] * 4)  # twice as many padded as real ones
+    assert set(padded_sizes(far)) == {256, 32}

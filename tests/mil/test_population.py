@@ -127,6 +127,18 @@ def test_the_same_again_is_the_same_to_the_bit(cohort):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux counts what is mapped")
+def test_another_task_of_the_same_form_compiles_nothing(cohort):
+    """Names are no part of a program: the demo's three tasks would be compiled three times."""
+    bags, _, members, schedule, _ = cohort
+    packed, before = pack(bags), population._compiled.cache_info().misses
+    other = Tasks((Task("grade", "classes", ("low", "high")),))
+    fit(HEAD, other, packed, members, dataclasses.replace(schedule, epochs=1), progress=False)
+    assert population._compiled.cache_info().misses == before
+    third = Tasks((Task("grade", "labels", ("low", "high")),))
+    fit(HEAD, third, packed, members, dataclasses.replace(schedule, epochs=1), progress=False)
+    assert population._compiled.cache_info().misses > before
+
+
 def test_programs_are_let_go_before_they_fill_the_process(cohort, monkeypatch):
     bags, _, members, _, _ = cohort
 

@@ -122,7 +122,7 @@ def outside(tmp_path: Path, grid_dir: Path) -> Outside:
     }  # fmt: skip
     config = ConfigDict(
         {
-            "method": "third_method:Colour", "seed": 1, "steps": 200, "batch": {"samples": 8},
+            "method": "third_method:Colour", "seed": 1, "steps": 20, "batch": {"samples": 8},
             "optimiser": optimiser, "data": {"path": str(grid_dir), "workers": 0}, "nan_at": -1,
             "checkpoint": {"every": 5, "keep": 2}, "log_every": 5,
         }

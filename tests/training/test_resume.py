@@ -35,8 +35,8 @@ def test_a_run_goes_on_after_a_kill_and_with_other_devices_and_workers(
     config: ConfigDict, cohort: Path, tmp_path: Path
 ):
     """DINOv2 with probes. On one device, killed with SIGKILL at step 6: the same product, metrics, probes
-    and best, bit for bit. On 8 devices and no worker, then 4 with two, then 1, killed between: the same
-    examples, or the losses could not agree, and every loss to 1e-3."""
+    and best, bit for bit. Killed on 8 devices and gone on with on 4 with two workers: the same examples, or the
+    losses could not agree, and every loss to 1e-3."""
     config.steps = 12
     config.sharding = ((".*/prototypes", "prototypes"), (".*", "fsdp"))
     config.mesh = dict(data=1, fsdp=-1)
@@ -61,20 +61,21 @@ def test_a_run_goes_on_after_a_kill_and_with_other_devices_and_workers(
         whole, killed = (read_json(tmp_path / run / name) for run in ("whole", "killed"))
         assert (whole["sha256"], whole["step"]) == (killed["sha256"], killed["step"])
 
-    assert run_part(path, tmp_path / "parts", 8, 0, 2) == -signal.SIGKILL
-    assert run_part(path, tmp_path / "parts", 4, 2, 4) == -signal.SIGKILL
-    assert run_part(path, tmp_path / "parts", 1, 0, -1) == 0
+    config.probe.every = 0
+    path.write_text(config.to_json())
+    assert run_part(path, tmp_path / "parts", 8, 0, 6) == -signal.SIGKILL
+    assert run_part(path, tmp_path / "parts", 4, 2, -1) == 0
     whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
     assert len(whole) == len(parts) == 12
     assert parts == pytest.approx(whole, rel=1e-3)
     assert whole[0] != pytest.approx(whole[1], rel=1e-3)  # another batch would be seen
     starts = (tmp_path / "parts" / "starts.jsonl").read_text().splitlines()
-    assert [json.loads(line)["mesh"]["fsdp"] for line in starts] == [8, 4, 1]
+    assert [json.loads(line)["mesh"]["fsdp"] for line in starts] == [8, 4]
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(outside, tmp_path: Path):
     outside.config.checkpoint.every = 1000
-    outside.config.steps = 400
+    outside.config.steps = 150
     assert outside.start("whole").wait(120) == 0
     process = outside.start("told")
     log = tmp_path / "told" / "metrics.jsonl"
@@ -85,7 +86,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(outside, tmp_path: Path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143  # what a scheduler takes for "ended by SIGTERM", not for done
     saved = [int(p.name) for p in (tmp_path / "told" / "checkpoints").iterdir()]
-    assert len(saved) == 1 and 20 < saved[0] < 400
+    assert len(saved) == 1 and 20 < saved[0] < 150
     assert outside.start("told").wait(120) == 0
     products = [read_json(tmp_path / name / "product.json") for name in ("whole", "told")]
     assert products[0]["sha256"] == products[1]["sha256"]
@@ -111,13 +112,13 @@ def together(outside, name: str, kill_at: int = 0) -> list[int]:
 
 def test_two_processes_train_stop_together_and_one_goes_on(outside, tmp_path: Path):
     """Checkpoints, logs and the product of two processes are those of one: the run is the same run."""
-    outside.config.steps = 600
+    outside.config.steps = 200
     outside.config.checkpoint.every = 1000
     outside.config.mesh = {"data": -1}
     assert outside.start("alone", devices=1).wait(200) == 0
     assert together(outside, "pair", kill_at=5) == [143, 143]
     (saved,) = (tmp_path / "pair" / "checkpoints").iterdir()
-    assert 25 < int(saved.name) < 600
+    assert 25 < int(saved.name) < 200
     assert outside.start("pair", devices=2).wait(200) == 0
     assert losses(tmp_path / "pair") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
     outside.config.steps = 20
