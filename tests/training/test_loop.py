@@ -23,8 +23,9 @@ def test_a_method_outside_the_package_trains_is_killed_resumes_and_extracts(
     outside, tmp_path: Path, grid_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Killed twice with SIGKILL, the run ends with the parameters and metrics of one left alone."""
+    outside.config.steps = 80
     assert outside.start("whole").wait(120) == 0
-    for least in (5, 60):
+    for least in (5, 40):
         process = outside.start("killed")
         saved = tmp_path / "killed" / "checkpoints"
         deadline = time.monotonic() + 120
@@ -37,7 +38,7 @@ def test_a_method_outside_the_package_trains_is_killed_resumes_and_extracts(
     whole, killed = (read_json(tmp_path / name / "product.json") for name in ("whole", "killed"))
     assert whole["sha256"] == killed["sha256"]
     lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "killed")]
-    assert lines[0] == lines[1] and len(lines[0].splitlines()) == 41
+    assert lines[0] == lines[1] and len(lines[0].splitlines()) == 17
 
     from pathme_jax.encoders.extraction import extract_fields
 
@@ -46,29 +47,10 @@ def test_a_method_outside_the_package_trains_is_killed_resumes_and_extracts(
     assert done.done == 4 and not done.errors
 
 
-def test_dinov2_resumed_equals_uninterrupted_bit_for_bit(config: ConfigDict, tmp_path: Path):
-    """Two steps, a checkpoint, two more from it: the same as four in one go. (By SIGKILL: test_resume.)"""
+def test_the_product_is_the_teacher_of_the_last_checkpoint_and_a_finished_run_is_left_alone(
+    config: ConfigDict, tmp_path: Path
+):
     whole = train(config, tmp_path / "whole", progress=False)
-    real = loop.checkpoints.ocp.CheckpointManager.save
-
-    class Stop(BaseException):  # nothing may catch it, as nothing catches a kill
-        pass
-
-    def save_then_die(self, step, *args, **kwargs):
-        real(self, step, *args, **kwargs)
-        if step == 2:
-            self.wait_until_finished()
-            raise Stop
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(ocp.CheckpointManager, "save", save_then_die)
-        train(config, tmp_path / "halves", progress=False)
-    halves = train(config, tmp_path / "halves", progress=False)
-    assert (
-        read_json(whole / "product.json")["sha256"] == read_json(halves / "product.json")["sha256"]
-    )
-    assert (whole / "metrics.jsonl").read_text() == (halves / "metrics.jsonl").read_text()
-    # and the product is the EMA teacher of the last checkpoint, not the random start
     _, _, product, _ = load_product(whole)
     saver = ocp.CheckpointManager((whole / "checkpoints").absolute())
     saved = saver.restore(saver.latest_step(), args=ocp.args.StandardRestore())
@@ -77,14 +59,6 @@ def test_dinov2_resumed_equals_uninterrupted_bit_for_bit(config: ConfigDict, tmp
         k.removeprefix("teacher/backbone/"): v for k, v in saved["ema"].items() if "backbone" in k
     }
     assert fingerprint(product) == fingerprint(loop.checkpoints.nested(teacher))
-    config.steps = 0
-    untrained = train(config, tmp_path / "untrained", progress=False)
-    assert (
-        read_json(untrained / "product.json")["sha256"]
-        != read_json(whole / "product.json")["sha256"]
-    )
-    # a finished run is left alone, and its folder refuses another recipe
-    config.steps = 4
     before = (whole / "product.json").stat().st_mtime_ns
     train(config, whole, progress=False)
     assert (whole / "product.json").stat().st_mtime_ns == before
