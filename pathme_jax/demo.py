@@ -26,7 +26,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--slides", type=Path, help="folder or CSV of whole slides")
     parser.add_argument("--labels", type=Path, help="CSV: case_id, slide_id and label columns")
-    parser.add_argument("--task", metavar="COL[,COL…]", help="label columns to learn")
+    parser.add_argument(
+        "--task",
+        metavar="COL[,COL…]",
+        help="label columns to learn; of synthetic slides detail, architecture, subtype",
+    )
     parser.add_argument(
         "--mpp", type=float, default=0.5, help="finest µm/px (default 0.5, i.e. 20x)"
     )

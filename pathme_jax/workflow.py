@@ -163,16 +163,16 @@ def run(
     """Runs every stage and returns the path of report.html.
 
     Args:
-        slides, labels, tasks: given together; without them a synthetic cohort is made.
+        slides, labels, tasks: given together; without slides a synthetic cohort is made, with tasks among TASKS.
         mpp_csv: µm/px of slides that do not state it.
     """
     workdir = Path(workdir)
-    given = (slides is not None, labels is not None, bool(tasks))
-    if any(given) and not all(given):
-        raise UserError(
-            "--slides, --labels and --task belong together", "Give all three, or none for the demo"
-        )
     synthetic = slides is None
+    if (labels is None) != synthetic or not (synthetic or tasks):
+        raise UserError(
+            "--slides, --labels and --task belong together",
+            "Give all three, or --task alone or none for the demo",
+        )
     stages = Stages(9 if synthetic else 8)
     if slides is None or labels is None:
         with stages.stage("synthesize slides"):
@@ -183,7 +183,7 @@ def run(
                 seed=settings.seed,
                 workers=settings.workers,
             )
-        slides, labels, tasks = cohort / "slides", cohort / "labels.csv", TASKS
+        slides, labels, tasks = cohort / "slides", cohort / "labels.csv", tasks or TASKS
     check_labels(labels, tasks)
     with stages.stage("tile"):
         tiled = tile.run(

@@ -149,8 +149,12 @@ def test_features_from_slides_are_those_from_fields_in_the_same_places(
     names = ["hed_texture", "mean_rgb", vit]
     own = extract_fields(grid_dir, [vit], out=tmp_path / "of fields", **QUIET)
     folders = extracted.folders | own.folders
-    direct = extract_slides(cohort / "slides", tmp_path / "of slides", names, **QUIET)
-    assert (direct.done, direct.errors) == (4, [])
+    two = tmp_path / "slides"
+    two.mkdir()
+    for slide in sorted((cohort / "slides").iterdir())[:2]:
+        (two / slide.name).symlink_to(slide)
+    direct = extract_slides(two, tmp_path / "of slides", names, **QUIET)
+    assert (direct.done, direct.errors) == (2, [])
     tmp_path /= "of slides"
     grid = tmp_path / grid_dir.name
     for name, path in direct.folders.items():
@@ -164,13 +168,16 @@ def test_features_from_slides_are_those_from_fields_in_the_same_places(
             least = {"mean_rgb": 0.99999, "hed_texture": 0.99}.get(name[0], 0.999)
             assert cosines(bag.features, stored.features).min() > least
     for file in grid_dir.rglob("*_patches.h5"):
-        with h5py.File(file) as a, h5py.File(grid / file.relative_to(grid_dir)) as b:
+        again = grid / file.relative_to(grid_dir)
+        if not any(again.stem.startswith(slide.stem) for slide in two.iterdir()):
+            continue
+        with h5py.File(file) as a, h5py.File(again) as b:
             np.testing.assert_array_equal(np.asarray(a["coords"]), np.asarray(b["coords"]))
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         grid.name, "contours", "contours_geojson", "thumbnails",
     ]  # fmt: skip
     assert not (grid / "fields").exists() and not (grid / ".claims").exists()
-    assert extract_slides(cohort / "slides", tmp_path, names, **QUIET).skipped == 4
+    assert extract_slides(two, tmp_path, names, **QUIET).skipped == 2
 
 
 def _small_vit(folder: Path) -> Path:

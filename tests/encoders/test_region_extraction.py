@@ -55,8 +55,10 @@ def test_region_tokens_come_from_the_ema_teacher_of_the_checkpoint(
     method = load_method(config)
     batch = {k: np.stack([source[i][k] for i in range(4)]) for k in source[0]}
 
+    encode = jax.jit(method.encode)
+
     def tokens(params) -> np.ndarray:
-        got = method.encode({k: params[k] for k in ("encoder", "hmsa")}, batch)
+        got = encode({k: params[k] for k in ("encoder", "hmsa")}, batch)
         return np.concatenate(np.asarray(got["features"])[np.asarray(got["valid"])][None])
 
     bags = [features.read_features(f) for f in sorted(path.glob("*.h5"))]
@@ -64,7 +66,8 @@ def test_region_tokens_come_from_the_ema_teacher_of_the_checkpoint(
     params = params_of(kept["state"])
     np.testing.assert_allclose(stored, tokens(params["teacher"]), rtol=1e-4, atol=1e-4)
     assert np.abs(stored - tokens(params["student"])).max() > 1e-3
-    random, _ = method.init(jax.random.key(config.seed), jax.eval_shape(lambda: batch))
+    shapes = jax.eval_shape(lambda: batch)
+    random, _ = jax.jit(lambda key: method.init(key, shapes))(jax.random.key(config.seed))
     assert np.abs(stored - tokens(random["teacher"])).max() > 1e-3
     # spatial tokens stand on 5x tiles, prompts on their region's corner
     spatial = bags[0].kind == features.SPATIAL
