@@ -39,6 +39,8 @@ def test_members_that_hold_a_bag_out_are_left_out_of_its_step(monkeypatch):
     def losses() -> np.ndarray:
         return fit(head, tasks, packed, members, Schedule(3), progress=False).losses
 
+    monkeypatch.setattr(population, "CPU_BYTES", 0)
+    monkeypatch.setattr(population, "CPU_GROUP", 4)
     some = losses()
     monkeypatch.setattr(population, "LARGE", 10**9)
     monkeypatch.setattr(population, "CPU_GROUP", 8)

@@ -165,14 +165,20 @@ def test_held_out_bags_leave_no_trace(cohort):
 
 
 def test_members_that_take_turns_end_where_those_at_once_do(cohort, monkeypatch):
-    """A bag too large for all members at once: fours, and two left over."""
+    """Bags too large for all members at once: of six two threes, of five four and one; on a CPU heads too large too."""
     bags, _, members, _, _ = cohort
-    assert len(members) % 4 == 2
-    monkeypatch.setattr(population, "CPU_GROUP", len(members))
-    at_once = fitted(bags, members, Schedule(2))
-    monkeypatch.setattr(population, "GROUP_BYTES", 4 * 6 * 4 * 40 * 64)
-    in_turns = fitted(bags, members, Schedule(2))
-    np.testing.assert_allclose(in_turns.losses, at_once.losses, atol=1e-4)
+    assert len(members) == 6
+    at_once = fitted(bags, members, Schedule(2)).losses
+    with monkeypatch.context() as few:
+        few.setattr(population, "GROUP_BYTES", 4 * 6 * 4 * 40 * 64)
+        in_turns = fitted(bags, members, Schedule(2)).losses
+        np.testing.assert_allclose(in_turns, at_once, atol=1e-4)
+        in_turns = fitted(bags, members.take(slice(5)), Schedule(2)).losses
+        np.testing.assert_allclose(in_turns, at_once[:, :5], atol=1e-4)
+    monkeypatch.setattr(population, "CPU_BYTES", 0)
+    monkeypatch.setattr(population, "CPU_GROUP", 2)
+    in_turns = fitted(bags, members, Schedule(2)).losses
+    np.testing.assert_allclose(in_turns, at_once, atol=1e-4)
 
 
 def test_weights_balance_classes_and_cases():
