@@ -168,7 +168,7 @@ def main() -> None:
     large = "x" in args.bags
     embed, epochs = (args.embed or (512 if large else 64),), args.epochs or (1 if large else 10)
     # Large bags are worth more compilations: a real run sees them for many epochs.
-    fine: Any = {"waste": 1.02, "sizes": 32} if large else {}
+    fine: Any = {"waste": 1.02, "sizes": 32, "saved": 0} if large else {}
     of, packed = members(labels), buckets.pack(bags, **fine)
     width = bags[0].shape[1]
     first = ours(packed, of, embed, epochs)

@@ -69,6 +69,7 @@ def pack(
     multiple: int = 1,
     waste: float = WASTE,
     sizes: int = SIZES,
+    saved: int = SAVED,
 ) -> list[Bucket]:
     """Plans bags of (m, d) features padded to few sizes.
 
@@ -76,13 +77,13 @@ def pack(
         features: arrays, or what turns into one by `np.asarray` and has its `shape`, such as `bags.OnDisk`.
         cells: (m, 2) of each bag, or None where unknown.
         most: instances a bag keeps, drawn at random, the same in every run; None: all.
-        waste, sizes: padded instances over real ones, and how many sizes, at most.
+        waste, sizes, saved: see `padded_sizes`.
         multiple: what sizes are multiples of: the devices the instances of a bag are spread over.
     """
     cells = cells or [None] * len(features)
     kept = [_sample(bag.shape[0], most, [seed, 3, i]) for i, bag in enumerate(features)]
     lengths = np.array([len(rows) for rows in kept])
-    size = padded_sizes(lengths, waste, sizes)
+    size = padded_sizes(lengths, waste, sizes, saved)
     size = -(-size // multiple) * multiple
     buckets = []
     for m in np.unique(size).tolist():
@@ -103,9 +104,12 @@ def _sample(count: int, most: int | None, seed: list[int]) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
 
 
-def padded_sizes(lengths: np.ndarray, waste: float = WASTE, most: int = SIZES) -> np.ndarray:
-    """(n,) size each bag is padded to: the fewest sizes, `most` at most, that keep the waste below `waste`, each
-    placed where it saves most. Bags so few and small that another size saves little may waste up to ENOUGH."""
+def padded_sizes(
+    lengths: np.ndarray, waste: float = WASTE, most: int = SIZES, saved: int = SAVED
+) -> np.ndarray:
+    """(n,) size each bag is padded to: the fewest sizes, `most` at most, that keep the waste (padded instances over
+    real ones) below `waste`, each placed where it saves most. Where another would save fewer instances than `saved`,
+    the waste may be ENOUGH."""
     # Rounded up by less than a thirty-second: bags of nearly one size share it.
     step = 2 ** np.maximum(np.log2(np.maximum(lengths, 1)).astype(int) - 5, 0)
     own = np.maximum(-(-lengths // step) * step, 1)
@@ -118,8 +122,8 @@ def padded_sizes(lengths: np.ndarray, waste: float = WASTE, most: int = SIZES) -
         if not len(others):
             return padded
         best = int(min(others, key=lambda s: _padded(own, [*sizes, s]).sum()))
-        saved = padded.sum() - _padded(own, [*sizes, best]).sum()
-        if saved < SAVED and padded.sum() <= max(waste, ENOUGH) * lengths.sum():
+        gain = padded.sum() - _padded(own, [*sizes, best]).sum()
+        if gain < saved and padded.sum() <= max(waste, ENOUGH) * lengths.sum():
             return padded
         sizes.append(best)
 

@@ -36,8 +36,7 @@ MAPS = 32_000
 PART = 8192  # instances at once where their mean is taken in float64
 LARGE = 256  # instances of a bag from which on members that hold it out are not computed at all
 GROUP_BYTES = 2 << 30  # of hidden activations at once on a device; members beyond that take turns
-# On a CPU all members at once are quicker (1.1 to 2 x measured) until they hold more than this, then a few (1.04 to 1.3 x).
-CPU_BYTES, CPU_GROUP = 128 << 20, 5
+CPU_BYTES = 128 << 20  # beyond which members on a CPU are quicker one by one, below all at once
 
 
 @dataclasses.dataclass
@@ -298,11 +297,10 @@ def _group(state: Any, bucket: Bucket, batch: int, mesh: Mesh) -> int:
     own = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) * 4 // 3  # and a gradient
     hidden = params["embed"]["kernel"].shape[-1] if "embed" in params else 64
     held = 6 * 4 * batch * bucket.size // mesh.shape["instances"] * hidden
-    everyone = len(jax.tree.leaves(params)[0])
-    count = most = everyone // mesh.shape["members"]
-    if jax.default_backend() == "cpu":
-        most = max(CPU_GROUP, CPU_BYTES // (own // everyone + held))
-    return max(1, min(count, most, GROUP_BYTES // held))
+    count = len(jax.tree.leaves(params)[0]) // mesh.shape["members"]
+    if jax.default_backend() == "cpu" and own // mesh.shape["members"] + count * held > CPU_BYTES:
+        return 1
+    return max(1, min(count, GROUP_BYTES // held))
 
 
 def _active(members: Members, bucket: Bucket, batch: int, devices: int) -> int:
@@ -388,6 +386,8 @@ def _in_turns(function: Any, each: Any, group: int) -> Any:
     count = len(jax.tree.leaves(each)[0])
     if count <= group:
         return jax.vmap(function)(each)
+    if group == 1:
+        return jax.lax.map(function, each)
     even = (size for size in range(group, group // 2, -1) if count % size == 0)
     return jax.lax.map(function, each, batch_size=next(even, group))
 

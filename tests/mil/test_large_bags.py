@@ -39,11 +39,10 @@ def test_members_that_hold_a_bag_out_are_left_out_of_its_step(monkeypatch):
     def losses() -> np.ndarray:
         return fit(head, tasks, packed, members, Schedule(3), progress=False).losses
 
-    monkeypatch.setattr(population, "CPU_BYTES", 0)
-    monkeypatch.setattr(population, "CPU_GROUP", 4)
+    monkeypatch.setattr(population, "CPU_BYTES", 0)  # one by one
     some = losses()
+    monkeypatch.undo()
     monkeypatch.setattr(population, "LARGE", 10**9)
-    monkeypatch.setattr(population, "CPU_GROUP", 8)
     everyone = losses()
     assert np.isnan(some).tolist() == np.isnan(everyone).tolist()
     np.testing.assert_allclose(some, everyone, atol=1e-4)

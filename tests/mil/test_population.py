@@ -165,7 +165,7 @@ def test_held_out_bags_leave_no_trace(cohort):
 
 
 def test_members_that_take_turns_end_where_those_at_once_do(cohort, monkeypatch):
-    """Bags too large for all members at once: of six two threes, of five four and one; on a CPU heads too large too."""
+    """Bags too large for all members at once: of six two threes, of five four and one; on a CPU one by one."""
     bags, _, members, _, _ = cohort
     assert len(members) == 6
     at_once = fitted(bags, members, Schedule(2)).losses
@@ -176,7 +176,6 @@ def test_members_that_take_turns_end_where_those_at_once_do(cohort, monkeypatch)
         in_turns = fitted(bags, members.take(slice(5)), Schedule(2)).losses
         np.testing.assert_allclose(in_turns, at_once[:, :5], atol=1e-4)
     monkeypatch.setattr(population, "CPU_BYTES", 0)
-    monkeypatch.setattr(population, "CPU_GROUP", 2)
     in_turns = fitted(bags, members, Schedule(2)).losses
     np.testing.assert_allclose(in_turns, at_once, atol=1e-4)
 
