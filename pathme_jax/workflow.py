@@ -173,6 +173,12 @@ def run(
             "--slides, --labels and --task belong together",
             "Give all three, or --task alone or none for the demo",
         )
+    unknown = set(tasks) - set(TASKS)
+    if synthetic and unknown:
+        raise UserError(
+            f"--task {', '.join(sorted(unknown))}: no label of synthetic slides",
+            f"They have {', '.join(TASKS)}",
+        )
     stages = Stages(9 if synthetic else 8)
     if slides is None or labels is None:
         with stages.stage("synthesize slides"):

@@ -60,6 +60,7 @@ def test_training_imports_neither_tensorflow_nor_torch(installed, tmp_path):
     [
         (["pathme_jax.extract", "--encoder", "uni", "--fields", "."], "uni is known"),
         (["pathme_jax.demo", "--slides", "absent", "--workdir", "w"], "belong together"),
+        (["pathme_jax.demo", "--task", "grade", "--workdir", "w"], "no label of synthetic slides"),
         (
             [
                 "pathme_jax.demo",

@@ -59,6 +59,10 @@ def test_the_product_is_the_teacher_of_the_last_checkpoint_and_a_finished_run_is
         k.removeprefix("teacher/backbone/"): v for k, v in saved["ema"].items() if "backbone" in k
     }
     assert fingerprint(product) == fingerprint(loop.checkpoints.nested(teacher))
+    student = {k: saved["trained"][k.replace("teacher/", "student/")] for k in saved["ema"]}
+    start = "teacher/backbone/"  # where teacher and student were equal
+    student = {k.removeprefix(start): v for k, v in student.items() if k.startswith(start)}
+    assert fingerprint(product) != fingerprint(loop.checkpoints.nested(student))
     before = (whole / "product.json").stat().st_mtime_ns
     train(config, whole, progress=False)
     assert (whole / "product.json").stat().st_mtime_ns == before
