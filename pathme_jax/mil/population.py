@@ -386,9 +386,7 @@ def _in_turns(function: Any, each: Any, group: int) -> Any:
     count = len(jax.tree.leaves(each)[0])
     if count <= group:
         return jax.vmap(function)(each)
-    if (
-        group == 1
-    ):  # as it is: a batch of one would make its products batched ones, which are slower
+    if group == 1:  # a batch of one would make its products batched ones, which are slower
         return jax.lax.map(function, each)
     even = (size for size in range(group, group // 2, -1) if count % size == 0)
     return jax.lax.map(function, each, batch_size=next(even, group))

@@ -239,9 +239,16 @@ class Source:
         }
         for slide_id in self.slide_ids:
             self._check(slide_id)
+        self._import_parser()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._import_parser()  # another process: Grain's workers begin with many threads at once
+
+    def _import_parser(self) -> None:
+        """Has TFDS import what it parses with, here rather than in threads: two that import it at once can wait for
+        each other for ever (Python 3.11's cached_property locks across instances)."""
         if self.slide_ids:
-            # What TFDS imports when it first parses must be imported here: two threads that import it at
-            # once can wait for each other for ever (Python 3.11's cached_property locks across instances).
             with contextlib.suppress(UserError):  # a damaged record is told of where it is wanted
                 self[0]
 

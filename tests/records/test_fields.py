@@ -148,6 +148,21 @@ def test_grain_reads_it_here_and_in_spawned_workers(grid_dir):
     assert list(ids.to_iter_dataset().mp_prefetch(process)) == list(ids)
 
 
+def test_an_unpickled_source_leaves_no_import_to_threads(grid_dir, tmp_path):
+    """Threads of a worker that all import TFDS can wait for each other for ever."""
+    (tmp_path / "source").write_bytes(pickle.dumps(FieldSource(grid_dir)))
+    code = """
+import pickle, sys
+source = pickle.load(open(sys.argv[1], "rb"))
+before = set(sys.modules)
+source[1]
+print(sorted(set(sys.modules) - before))
+"""
+    run = [sys.executable, "-c", code, str(tmp_path / "source")]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def _slide_and_column(record):
     return record["slide_id"], int(record["grid"][1])
 
