@@ -145,7 +145,7 @@ def transmil(case: str, params: Any, given: Bag) -> dict[str, Any]:
             layer.att_module = authors_attention()
             put(layer.att_module.inner.to_qkv, ours["qkv"])
             put(layer.att_module.inner.to_out[0], ours["out"])
-            put(layer.att_module.inner.res_conv, ours["residual"]["kernel"])
+            put(layer.att_module.inner.res_conv, ours["residual"])
         else:
             put(layer.att_module.qkv_nn, ours["qkv"])
     for width, conv in ((7, "proj"), (5, "proj1"), (3, "proj2")):

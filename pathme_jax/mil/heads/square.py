@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -30,6 +31,24 @@ def largest_side(m: int) -> int:
     return math.isqrt(max(m, 1) - 1) + 1
 
 
+def depthwise(image: Array, kernel: Array) -> Array:
+    """Convolution of each channel with its own kernel: (h, w, …) by (k, n, …) → (h, w, …), zeros beyond the edges.
+
+    A sum of shifted images. The gradient of XLA's own depthwise convolution takes 30 times as long on a CPU.
+    """
+    (h, w), (k, n) = image.shape[:2], kernel.shape[:2]
+    around = [((size - 1) // 2, size // 2) for size in (k, n)]
+    padded = jnp.pad(image, around + [(0, 0)] * (image.ndim - 2))
+
+    @jax.checkpoint  # or each row's share of the image would be kept for the gradient
+    def add(total: Array, row: tuple[Array, Array]) -> tuple[Array, None]:
+        first, taps = row
+        rows = jax.lax.dynamic_slice_in_dim(padded, first, h)
+        return total + sum(taps[j] * rows[:, j : j + w] for j in range(n)), None
+
+    return jax.lax.scan(add, jnp.zeros_like(image), (jnp.arange(k), kernel))[0]
+
+
 class SequenceConv(nn.Module):
     """A depthwise convolution along the sequence with one kernel a head: (…, heads, t, w) → the same shape.
 
@@ -40,8 +59,7 @@ class SequenceConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        heads = x.shape[-3]
-        conv = nn.Conv(
-            heads, (self.width,), feature_group_count=heads, use_bias=False, name="kernel"
-        )
-        return conv(x.swapaxes(-3, -1)).swapaxes(-3, -1)
+        shape = (self.width, 1, x.shape[-3])
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        column = jnp.moveaxis(x, -2, 0)[:, None]  # (t, 1, …, heads, w)
+        return jnp.moveaxis(depthwise(column, kernel[..., None])[:, 0], 0, -2)

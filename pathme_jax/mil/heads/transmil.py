@@ -10,7 +10,13 @@ from flax import linen as nn
 from jax import Array
 
 from pathme_jax.mil.heads.common import Bag, Out, embedded, masked_softmax, single
-from pathme_jax.mil.heads.square import SequenceConv, largest_side, packed, side_of
+from pathme_jax.mil.heads.square import (
+    SequenceConv,
+    depthwise,
+    largest_side,
+    packed,
+    side_of,
+)
 
 LARGE = 30_000  # tokens, beyond which heads take turns and are computed twice
 
@@ -150,6 +156,19 @@ def pseudo_inverse(x: Array, iterations: int) -> Array:
     return z
 
 
+class _Weights(nn.Module):
+    """One kernel a channel, (height, width, c), and a bias each."""
+
+    shape: tuple[int, int, int]
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, Array]:
+        height, width, channels = self.shape
+        own = (height, width, 1, channels)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), own)
+        return kernel[:, :, 0], self.param("bias", nn.initializers.zeros, (channels,))
+
+
 class Ppeg(nn.Module):
     """Adds depthwise convolutions of width 7, 5 and 3 of the tokens laid out row by row in a square."""
 
@@ -160,11 +179,14 @@ class Ppeg(nn.Module):
         inside = (row < side) & (column < side)
         image = jnp.where(inside[:, None], x[jnp.where(inside, row * side + column, 0)], 0)
         image = image.reshape(top, top, -1)
-        channels = x.shape[-1]
-        found = image + sum(
-            nn.Conv(channels, (w, w), feature_group_count=channels, name=f"conv_{w}")(image)
-            for w in (7, 5, 3)
-        )
+        kernel = jnp.zeros((7, 7, x.shape[-1])).at[3, 3].set(1)  # the image, and all three at once
+        shift = jnp.zeros(x.shape[-1])
+        for w in (7, 5, 3):
+            own, bias = _Weights((w, w, x.shape[-1]), name=f"conv_{w}")()
+            edge = (7 - w) // 2
+            kernel = kernel.at[edge : 7 - edge, edge : 7 - edge].add(own)
+            shift += bias
+        found = depthwise(image, kernel) + shift
         row, column = jnp.divmod(jnp.arange(top * top), side)
         place = jnp.minimum(row * top + column, top * top - 1)
         return found.reshape(top * top, -1)[place]

@@ -56,7 +56,7 @@ def test_convolving_queries_is_convolving_scores():
     rng = np.random.default_rng(0)
     q, k = rng.normal(size=(2, 2, 9, 4)).astype(np.float32)  # (heads, t, w) each
     kernel = rng.normal(size=(2, 5))
-    params = {"kernel": {"kernel": kernel.T[:, None].astype(np.float32)}}
+    params = {"kernel": kernel.T[:, None].astype(np.float32)}
     found = SequenceConv(5).apply({"params": params}, jnp.asarray(q)) @ k.swapaxes(1, 2)
     scores = np.float64(q @ k.swapaxes(1, 2))
     expected = [
