@@ -60,7 +60,8 @@ def embedded(features: Array, sizes: Sequence[int], dropout: float, train: bool)
     To be called in a head's compact `__call__`. Without sizes the features are returned as they are.
     """
     for i, size in enumerate(sizes):
-        features = nn.relu(nn.Dense(size, name=f"embed_{i}" if i else "embed")(features))
+        kernel, bias = Affine(size, name=f"embed_{i}" if i else "embed")(features.shape[-1])
+        features = nn.relu(product(features, kernel) + bias)
         features = nn.Dropout(dropout, deterministic=not train)(features)
     return features
 
@@ -76,6 +77,27 @@ class Affine(nn.Module):
         return kernel, self.param("bias", nn.initializers.zeros, (self.features,))
 
 
+@jax.custom_vjp
+def product(x: Array, kernel: Array) -> Array:
+    """(m, i) · (i, o), whose gradient by the kernel is xᵀ · g as it stands.
+
+    JAX's own is (gᵀ · x)ᵀ, for which XLA copies g transposed on a CPU: a tenth of a step on large bags.
+    """
+    return x @ kernel
+
+
+def _product(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _product_gradient(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    return g @ kernel.T, jnp.einsum("mi,mo->io", x, g)
+
+
+product.defvjp(_product, _product_gradient)
+
+
 def attention_scores(
     h: Array, width: int, rows: int, gated: bool, dropout: float = 0.0, train: bool = False
 ) -> Array:
@@ -89,7 +111,7 @@ def attention_scores(
         # One product for V and U: half as many, and their gradient's is a third faster (CPU).
         weights = [Affine(width, name=name)(h.shape[-1]) for name in ("tanh", "gate")]
         kernel, bias = (jnp.concatenate(each, -1) for each in zip(*weights, strict=True))
-        v, u = jnp.split(h @ kernel + bias, 2, -1)
+        v, u = jnp.split(product(h, kernel) + bias, 2, -1)
         hidden = drop(jnp.tanh(v)) * drop(nn.sigmoid(u))
     else:
         hidden = drop(jnp.tanh(nn.Dense(width, name="tanh")(h)))
