@@ -30,7 +30,7 @@ class TransMIL(nn.Module):
     The square, the landmarks and the layers' front padding depend on the number of instances, not on the size they
     are padded to. Depends on the order of the instances, by design.
 
-    Cost: O(m · landmarks) in time and memory; the gradient of 200,000 × 1,024 features takes 16 GiB by XLA's count
+    Cost: O(m · landmarks) in time and memory; the gradient of 200,000 × 1,024 features takes 17 GiB by XLA's count
     with the paper's sizes (CPU), since heads then take turns. Small bags pay for the pseudo-inverse of landmarks ×
     landmarks a head: fewer `landmarks` do for them.
 

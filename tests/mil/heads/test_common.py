@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pathme_jax.errors import UserError
-from pathme_jax.mil.heads.common import absorb, masked_softmax
+from pathme_jax.mil.heads.common import absorb, masked_softmax, product
 from pathme_jax.mil.heads.dsmil import DSMIL
 from pathme_jax.mil.heads.pooling import MaxPool, MeanPool
 
@@ -53,3 +53,17 @@ def test_a_head_with_no_first_layer_to_absorb_into_is_refused():
     params = contract.parameters(DSMIL(3, embed=()))
     with pytest.raises(UserError, match="embed"):
         absorb(params, jnp.zeros(contract.WIDTH), jnp.ones(contract.WIDTH))
+
+
+def test_the_gradient_of_a_product_is_jax_own():
+    """Also of members mapped over one bag."""
+    rng = np.random.default_rng(0)
+    x, kernels, g = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((7, 5), (3, 5, 4), (3, 7, 4))
+    )
+    own, jaxs = (
+        jax.vmap(lambda k, g, f=f: jax.vjp(f, x, k)[1](g))(kernels, g)
+        for f in (product, jnp.matmul)
+    )
+    for found, expected in zip(own, jaxs, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
