@@ -199,13 +199,43 @@ def main() -> None:
         )
     if not large:
         print(alone(packed, of, embed, epochs))
-    a = np.random.default_rng(0).standard_normal((2048, 2048), np.float32)
-    started = time.perf_counter()
-    for _ in range(5):
-        a @ a
-    print(
-        f"GEMM of this machine (NumPy, 2048): {5 * 2 * 2048**3 / (time.perf_counter() - started) / 1e9:.0f} GFLOP/s"
-    )
+    for line in products(width, embed[0]):
+        print(line)
+
+
+def products(width: int, hidden: int) -> list[str]:
+    """How fast each library multiplies, alone: what bounds large bags. GFLOP/s of the medians of turns."""
+    import jax
+    import jax.numpy as jnp
+    import torch
+
+    rng = np.random.default_rng(0)
+    x, w, g = (rng.standard_normal(s, np.float32) for s in ((2048, width), (width, hidden), (2048, hidden)))  # fmt: skip
+    there = [torch.from_numpy(each) for each in (x, w, g)]
+    here = [jnp.asarray(each) for each in (x, w, g)]
+    forward = jax.jit(lambda x, w, g: x @ w)
+    gradient = jax.jit(lambda x, w, g: jnp.einsum("mi,mo->io", x, g))
+    ways: dict[str, Any] = {
+        "x W, XLA": lambda: forward(*here).block_until_ready(),
+        "x W, PyTorch": lambda: there[0] @ there[1],
+        "x W, NumPy": lambda: x @ w,
+        "its gradient xT g, XLA": lambda: gradient(*here).block_until_ready(),
+        "its gradient xT g, PyTorch": lambda: there[0].T @ there[2],
+        "its gradient xT g, NumPy": lambda: x.T @ g,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    # In blocks: the threads of a library that has just multiplied stay busy for a while.
+    for name, way in [*ways.items()] * 4:
+        for repeat in range(15):
+            started = time.perf_counter()
+            way()
+            if repeat >= 5:
+                seconds[name].append(time.perf_counter() - started)
+    flops = 2 * 2048 * width * hidden
+    return [
+        f"the product alone, 2048 x {width} x {hidden}, {name}: {flops / np.median(times) / 1e9:.0f} GFLOP/s"
+        for name, times in seconds.items()
+    ]
 
 
 if __name__ == "__main__":
