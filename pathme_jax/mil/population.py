@@ -367,12 +367,12 @@ def _run(
             everyone = (state, fixed, own)
             if len(some) == len(nothing):
                 return _in_turns(update, everyone, group)
-            # Put back once a step: turns that write into the state would copy all of it each time.
 
             def one(i: Array) -> tuple[Any, Array]:
                 return update(jax.tree.map(lambda x: x[i], everyone))
 
             new, loss = _in_turns(one, some, group)
+            # Put back once a step: turns that write into the state would copy all of it each time.
             state = jax.tree.map(lambda x, y: x.at[some].set(y), state, new)
             return state, nothing.at[some].set(loss)
 
