@@ -55,15 +55,19 @@ def test_a_head_with_no_first_layer_to_absorb_into_is_refused():
         absorb(params, jnp.zeros(contract.WIDTH), jnp.ones(contract.WIDTH))
 
 
-def test_the_gradient_of_a_product_is_jax_own():
-    """Also of members mapped over one bag."""
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_gradient_of_a_product_is_jax_own(turned):
+    """Also of members mapped over one bag, and where xᵀ is given."""
     rng = np.random.default_rng(0)
     x, kernels, g = (
         jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((7, 5), (3, 5, 4), (3, 7, 4))
     )
+
+    def ours(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return product(x, kernel, x.T if turned else None)
+
     own, jaxs = (
-        jax.vmap(lambda k, g, f=f: jax.vjp(f, x, k)[1](g))(kernels, g)
-        for f in (product, jnp.matmul)
+        jax.vmap(lambda k, g, f=f: jax.vjp(f, x, k)[1](g))(kernels, g) for f in (ours, jnp.matmul)
     )
     for found, expected in zip(own, jaxs, strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
