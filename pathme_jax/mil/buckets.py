@@ -91,8 +91,10 @@ def pack(
 
         def read(row: int, index: np.ndarray = index) -> tuple[np.ndarray, np.ndarray | None]:
             i = int(index[row])
-            at = cells[i]
-            return np.asarray(features[i])[kept[i]], None if at is None else at[kept[i]]
+            own, at = np.asarray(features[i]), cells[i]
+            if len(kept[i]) == len(own):
+                return own, at
+            return own[kept[i]], None if at is None else at[kept[i]]
 
         buckets.append(Bucket(index, m, lengths[index], features[0].shape[1], read))
     return buckets

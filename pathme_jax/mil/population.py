@@ -138,7 +138,7 @@ def fit(
 
     mean, std = standardisation(buckets, members.parts)
     fixed = put({"mean": mean, "std": std, "decay": np.float32(members.decays)}, EACH)
-    state = put(_init(head, len(mean[0]), jnp.asarray(members.seeds)), EACH)
+    state = put(_init(head, len(mean[0]), members.seeds), EACH)
     feed = Feed(buckets, lambda bags: put(bags, BAGS), resident)
     group = [_group(state, bucket, schedule.batch, mesh) for bucket in buckets]
     active = [_active(members, bucket, schedule.batch, here) for bucket in buckets]
@@ -258,7 +258,7 @@ def standardisation(buckets: Sequence[Bucket], parts: np.ndarray) -> tuple[np.nd
                 mine = part.astype(np.float64)
                 sums[0, i] += len(mine)
                 sums[1, i] += mine.sum(0)
-                sums[2, i] += (mine**2).sum(0)
+                sums[2, i] += np.einsum("md,md->d", mine, mine)
     count, total, square = (train @ each for each in sums)
     mean = total / count
     std = np.sqrt(np.maximum(square / count - mean**2, 0))
@@ -269,9 +269,10 @@ def standardisation(buckets: Sequence[Bucket], parts: np.ndarray) -> tuple[np.nd
 # ---- on the devices ---------------------------------------------------------------------------------
 
 
-def _init(head: Any, width: int, seeds: Array) -> dict[str, Any]:
+def _init(head: Any, width: int, seeds: np.ndarray) -> dict[str, Any]:
     """First weights from each member's seed: members of one seed start alike."""
-    return _starts(head, width)(seeds)
+    drawn, mine = np.unique(seeds, return_inverse=True)
+    return jax.tree.map(lambda x: x[mine], _starts(head, width)(drawn))
 
 
 @functools.lru_cache(maxsize=64)

@@ -115,7 +115,7 @@ def test_members_differ_by_their_seed_and_start_alike_with_the_same(cohort):
 
 
 def population_state(seeds):
-    state = population._init(HEAD, 8, jax.numpy.asarray(seeds))
+    state = population._init(HEAD, 8, seeds)
     return np.asarray(state["params"]["classify"]["kernel"])
 
 
