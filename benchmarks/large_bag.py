@@ -73,7 +73,7 @@ def planned(name: str, instances: int, width: int) -> str:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), tree
         )  # fmt: skip
 
-    state = jax.eval_shape(lambda: population._init(head, width, jnp.zeros(1, int)))
+    state = jax.eval_shape(population._starts(head, width), jnp.zeros(1, int))
     f32, i32 = jnp.float32, jnp.int32
     shape = jax.ShapeDtypeStruct
     stacked = Bag(shape((1, m, width), f32), shape((1, m), bool), shape((1, m, 2), i32))  # pyright: ignore[reportArgumentType]
