@@ -17,6 +17,9 @@ from jax import Array
 from pathme_jax.errors import UserError
 
 
+TURNED = 256  # instances of a bag
+
+
 @struct.dataclass
 class Bag:
     """The m instances of one slide, or case, padded to a static size.
@@ -79,9 +82,9 @@ class Affine(nn.Module):
 
 
 def _turned(features: Array) -> Array | None:
-    """(d, m) in memory, on a CPU: one copy that all members of a population share makes the gradient of each
-    member's first layer a fifth quicker."""
-    if jax.default_backend() != "cpu":
+    """(d, m) in memory, of a large bag on a CPU: one copy that all members of a population share makes the gradient
+    of each member's first layer a fifth quicker. Small bags are quicker without."""
+    if jax.default_backend() != "cpu" or len(features) < TURNED:
         return None
     # Without the barrier XLA would take the transposition back into the product.
     return jax.lax.optimization_barrier(features.T)
