@@ -16,7 +16,6 @@ from jax import Array
 
 from pathme_jax.errors import UserError
 
-
 TURNED = 256  # instances of a bag
 
 
