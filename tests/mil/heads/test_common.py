@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pathme_jax.errors import UserError
-from pathme_jax.mil.heads.common import absorb, masked_softmax, product
+from pathme_jax.mil.heads.common import TURNED, absorb, masked_softmax, product
 from pathme_jax.mil.heads.dsmil import DSMIL
 from pathme_jax.mil.heads.pooling import MaxPool, MeanPool
 
@@ -71,3 +71,23 @@ def test_the_gradient_of_a_product_is_jax_own(turned):
     )
     for found, expected in zip(own, jaxs, strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("instances", [7, TURNED])
+def test_the_gradients_of_embedding_layers_are_those_of_their_formula(instances):
+    """relu(relu(x W + b) W' + b'), small bags and those large enough to be turned."""
+    head = MeanPool(2, embed=(6, 4))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(instances, 5)), jnp.float32)
+    bag = contract.Bag(x, jnp.ones(instances, bool), jnp.zeros((instances, 2), jnp.int32))
+    params = head.init(jax.random.key(0), bag)["params"]
+
+    def formula(params: Any) -> jax.Array:
+        h = x
+        for name in ("embed", "embed_1"):
+            h = jax.nn.relu(h @ params[name]["kernel"] + params[name]["bias"])
+        return (h.mean(0) @ params["classify"]["kernel"] + params["classify"]["bias"]).sum()
+
+    expected = jax.grad(formula)(params)
+    found = jax.grad(lambda p: head.apply({"params": p}, bag).logits.sum())(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+    assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(expected))
